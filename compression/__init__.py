@@ -1,0 +1,1 @@
+"""Transformations of a trained model, and of its training, that make it smaller."""

@@ -1,0 +1,80 @@
+"""The layers that hold parameters: linear maps, embeddings and norms."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from phyla.models.config import ModelConfig
+from phyla.models.weights import Initializer, constant, fan_in, materialize, matmul, normal, parameter
+
+
+class Linear(nnx.Module):
+    """y = x W + b, computed in x's dtype. `weight` (in, out) is a Param or a `Weight`."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        axes: tuple[str, str],
+        rngs: nnx.Rngs,
+        *,
+        bias: bool = False,
+        init: Initializer | None = None,
+    ):
+        self.weight = parameter(init or fan_in(), shape, axes, rngs, weight_decay=True, matrix=True)
+        self.bias = parameter(constant(0.0), shape[1:], axes[1:], rngs) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., in] -> [..., out]."""
+        y = matmul(x, self.weight)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+class Embedding(nnx.Module):
+    """A table of `rows` vectors; `logits` uses it as a head. `weight` (rows, D) is a Param or a `Weight`."""
+
+    def __init__(self, rows: int, width: int, rngs: nnx.Rngs, *, axes: tuple[str, str] = ("vocab", "embed")):
+        self.weight = parameter(normal(0.02), (rows, width), axes, rngs, weight_decay=True)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """Integers [...] -> float32 [..., D]."""
+        return jnp.take(materialize(self.weight), ids, axis=0)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> float32 [..., rows]."""
+        table = materialize(self.weight).astype(x.dtype)
+        return jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) · scale over the last dimension, in float32 (Zhang and Sennrich 2019)."""
+
+    def __init__(self, width: int, rngs: nnx.Rngs, *, epsilon: float, axis: str = "norm"):
+        self.scale = parameter(constant(1.0), (width,), (axis,), rngs)
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> float32 [..., D]."""
+        x = x.astype(jnp.float32)
+        return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + self.epsilon) * self.scale[...]
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / std · scale + bias over the last dimension, in float32 (Ba et al. 2016)."""
+
+    def __init__(self, width: int, rngs: nnx.Rngs, *, epsilon: float, axis: str = "norm"):
+        self.scale = parameter(constant(1.0), (width,), (axis,), rngs)
+        self.bias = parameter(constant(0.0), (width,), (axis,), rngs)
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> float32 [..., D]."""
+        x = x.astype(jnp.float32)
+        x = x - jnp.mean(x, -1, keepdims=True)
+        variance = jnp.mean(jnp.square(x), -1, keepdims=True)
+        return x * jax.lax.rsqrt(variance + self.epsilon) * self.scale[...] + self.bias[...]
+
+
+def build_norm(model: ModelConfig, rngs: nnx.Rngs) -> RMSNorm | LayerNorm:
+    """The norm that the model's configuration names, over its width."""
+    norm = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}[model.norm]
+    return norm(model.width, rngs, epsilon=model.norm_epsilon)

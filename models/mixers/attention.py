@@ -1,0 +1,208 @@
+"""Attention with grouped queries (Vaswani et al. 2017; Ainslie et al. 2023), and its cache."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+from phyla.models.config import LayerConfig, ModelConfig
+from phyla.models.cursor import Cursor, advance, start
+from phyla.models.errors import UserError
+from phyla.models.layers import Linear, RMSNorm
+from phyla.models.weights import fan_in
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig(LayerConfig):
+    """Scaled dot-product attention."""
+
+    heads: int = 4
+    """N, number of query heads."""
+    kv_heads: int | None = None
+    """Number of key and value heads, shared by groups of query heads; None: as many as query heads."""
+    head_dim: int | None = None
+    """H; None: width / heads."""
+    positions: Literal["rope", "alibi", "none"] = "rope"
+    """Rotary (Su et al. 2021), linear biases (Press et al. 2022), or none."""
+    rope_base: float = 10_000.0
+    """The longest wavelength of RoPE, over 2π."""
+    window: int | None = None
+    """How many tokens back, itself included, a token sees; None: all."""
+    causal: bool = True
+    """False: every token of a segment sees every other."""
+    qk_norm: bool = False
+    """RMSNorm of queries and keys over the head dimension."""
+    qkv_bias: bool = False
+    """Biases on the three input projections."""
+    out_bias: bool = False
+    """Bias on the output projection."""
+
+    def build(self, model: ModelConfig, rngs: nnx.Rngs) -> "Attention":
+        """See `LayerConfig.build`."""
+        kv_heads = self.heads if self.kv_heads is None else self.kv_heads
+        for name, value in (("heads", self.heads), ("kv_heads", kv_heads), ("window", self.window)):
+            if value is not None and value < 1:
+                raise UserError(f"attention.{name} must be at least 1, not {value}")
+        if self.heads % kv_heads:
+            fits = [n for n in range(1, self.heads + 1) if self.heads % n == 0]
+            nearest = min(fits, key=lambda n: abs(n - kv_heads))
+            raise UserError(
+                f"attention.kv_heads {kv_heads} does not divide attention.heads {self.heads}; nearest: {nearest}"
+            )
+        if self.head_dim is None and model.width % self.heads:
+            fits = [n for n in range(1, model.width + 1) if model.width % n == 0]
+            nearest = min(fits, key=lambda n: abs(n - self.heads))
+            raise UserError(
+                f"attention.heads {self.heads} does not divide model.width {model.width}; nearest: {nearest}"
+            )
+        head_dim = self.resolved_head_dim(model)
+        if head_dim < 1 or (self.positions == "rope" and head_dim % 2):
+            raise UserError(f"attention.head_dim must be positive, and even for RoPE, not {head_dim}")
+        return Attention(self, model, rngs)
+
+    def resolved_head_dim(self, model: ModelConfig) -> int:
+        """H."""
+        return model.width // self.heads if self.head_dim is None else self.head_dim
+
+    def flops_per_token(self, model: ModelConfig, length: int) -> float:
+        """See `LayerConfig.flops_per_token`: q·k and p·v over the keys that a token sees on average."""
+        window = min(length, self.window or length)
+        seen = window - window * window / (2 * length) if self.causal else window
+        return 4 * self.heads * self.resolved_head_dim(model) * seen
+
+
+class Cache(NamedTuple):
+    """Keys and values of earlier tokens: all of them, or the last `window`."""
+
+    k: jax.Array  # [B, S, K, H], rotated
+    v: jax.Array  # [B, S, K, H]
+    segment: jax.Array  # [B, S] int32
+    token: jax.Array  # [S] int32, which token of the sequence a slot holds; -1: none yet
+    length: jax.Array  # [] int32, tokens seen so far
+    cursor: Cursor
+
+
+class Attention(nnx.Module):
+    """See `AttentionConfig`."""
+
+    def __init__(self, config: AttentionConfig, model: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.heads = config.heads
+        self.kv_heads = config.heads if config.kv_heads is None else config.kv_heads
+        self.head_dim = config.resolved_head_dim(model)
+        self.dtype = jnp.dtype(model.dtype)
+        d, bias = model.width, config.qkv_bias
+        self.q = Linear((d, self.heads * self.head_dim), ("embed", "heads"), rngs, bias=bias)
+        self.k = Linear((d, self.kv_heads * self.head_dim), ("embed", "kv_heads"), rngs, bias=bias)
+        self.v = Linear((d, self.kv_heads * self.head_dim), ("embed", "kv_heads"), rngs, bias=bias)
+        # Each block adds to the residual stream twice: keep its variance (GPT-2, section 2.3).
+        out = fan_in(1 / math.sqrt(2 * model.layers))
+        self.o = Linear((self.heads * self.head_dim, d), ("heads", "embed"), rngs, bias=config.out_bias, init=out)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(self.head_dim, rngs, epsilon=model.norm_epsilon, axis="head_dim")
+            self.k_norm = RMSNorm(self.head_dim, rngs, epsilon=model.norm_epsilon, axis="head_dim")
+
+    def initial_state(self, batch: int, length: int) -> Cache:
+        """An empty cache for `length` tokens, or for the window if that is shorter."""
+        slots = min(length, self.config.window or length)
+        shape = (batch, slots, self.kv_heads, self.head_dim)
+        return Cache(
+            k=jnp.zeros(shape, self.dtype),
+            v=jnp.zeros(shape, self.dtype),
+            segment=jnp.zeros((batch, slots), jnp.int32),
+            token=jnp.full((slots,), -1, jnp.int32),
+            length=jnp.zeros((), jnp.int32),
+            cursor=start(batch),
+        )
+
+    def __call__(
+        self, x: jax.Array, state: Cache | None = None, segment_ids: jax.Array | None = None
+    ) -> tuple[jax.Array, Cache | None]:
+        """[B, T, D] -> [B, T, D] and the cache with these T tokens (None if None was given).
+
+        A cache made for S tokens holds S: feeding it more is the caller's error and is not detected under jit.
+        Raises UserError for a cache on bidirectional attention.
+        """
+        config = self.config
+        B, T, _ = x.shape
+        q_BxTxNxH = rearrange(self.q(x), "b t (n h) -> b t n h", n=self.heads)
+        k_BxTxKxH = rearrange(self.k(x), "b t (n h) -> b t n h", n=self.kv_heads)
+        v_BxTxKxH = rearrange(self.v(x), "b t (n h) -> b t n h", n=self.kv_heads)
+        if config.qk_norm:
+            q_BxTxNxH = self.q_norm(q_BxTxNxH).astype(x.dtype)
+            k_BxTxKxH = self.k_norm(k_BxTxKxH).astype(x.dtype)
+        segments_BxT, positions_BxT, cursor = advance(state and state.cursor, segment_ids, B, T)
+        if config.positions == "rope":
+            q_BxTxNxH = rotate(q_BxTxNxH, positions_BxT, config.rope_base)
+            k_BxTxKxH = rotate(k_BxTxKxH, positions_BxT, config.rope_base)
+
+        index_T = jnp.arange(T, dtype=jnp.int32)
+        if state is None:
+            keys = k_BxTxKxH, v_BxTxKxH, segments_BxT, index_T
+        else:
+            if not config.causal:
+                raise UserError("bidirectional attention has no cache: call it with state=None")
+            index_T = index_T + state.length
+            keys, kept = self._extend(state, (k_BxTxKxH, v_BxTxKxH, segments_BxT, index_T))
+            state = Cache(*kept, length=state.length + T, cursor=cursor)
+        k_BxSxKxH, v_BxSxKxH, segments_BxS, index_S = keys
+
+        distance_TxS = index_T[:, None] - index_S[None, :]
+        reach = config.window or max(T, k_BxSxKxH.shape[1]) + 1
+        seen_TxS = (distance_TxS < reach) & (index_S >= 0)
+        seen_TxS &= distance_TxS >= 0 if config.causal else -distance_TxS < reach
+        mask_Bx1xTxS = seen_TxS
+        if segment_ids is not None or state is not None:
+            mask_Bx1xTxS = seen_TxS & (segments_BxT[:, :, None] == segments_BxS[:, None, :])[:, None]
+        bias_NxTxS = None
+        if config.positions == "alibi":
+            bias_NxTxS = -alibi_slopes(self.heads)[:, None, None] * jnp.abs(distance_TxS).astype(jnp.float32)
+        y_BxTxNxH = jax.nn.dot_product_attention(
+            q_BxTxNxH,
+            k_BxSxKxH,
+            v_BxSxKxH,
+            bias=None if bias_NxTxS is None else bias_NxTxS[None],
+            mask=jnp.broadcast_to(mask_Bx1xTxS, (B, 1, *seen_TxS.shape)),
+        )
+        return self.o(rearrange(y_BxTxNxH, "b t n h -> b t (n h)")), state
+
+    def _extend(self, state: Cache, new: tuple) -> tuple[tuple, tuple]:
+        """What the new tokens may look at, and what the cache keeps: (k, v, segment, token) each."""
+        old = state.k, state.v, state.segment, state.token
+        time = 1, 1, 1, 0
+        if self.config.window is None:
+            new = tuple(
+                jax.lax.dynamic_update_slice_in_dim(o, n.astype(o.dtype), state.length, axis)
+                for o, n, axis in zip(old, new, time, strict=True)
+            )
+            return new, new
+        # A window's cache is short: append, look, keep the end.
+        seen = tuple(jnp.concatenate([o, n.astype(o.dtype)], axis) for o, n, axis in zip(old, new, time, strict=True))
+        slots = state.token.shape[0]
+        kept = tuple(
+            jax.lax.slice_in_dim(s, s.shape[axis] - slots, None, axis=axis) for s, axis in zip(seen, time, strict=True)
+        )
+        return seen, kept
+
+
+def rotate(x_BxTxNxH: jax.Array, positions_BxT: jax.Array, base: float) -> jax.Array:
+    """Rotary position embedding of the two halves of the head dimension, in float32 (Su et al. 2021, equation 34)."""
+    half = x_BxTxNxH.shape[-1] // 2
+    frequency_h = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle_BxTx1xh = positions_BxT[:, :, None, None].astype(jnp.float32) * frequency_h
+    cos, sin = jnp.cos(angle_BxTx1xh), jnp.sin(angle_BxTx1xh)
+    first, second = jnp.split(x_BxTxNxH.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BxTxNxH.dtype)
+
+
+def alibi_slopes(heads: int) -> jax.Array:
+    """Each head's slope, [N] (Press et al. 2022, section 3; for N not a power of two as in their code)."""
+    power = 2 ** math.floor(math.log2(heads))
+    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+    slopes += [2 ** (-4 * (2 * i + 1) / power) for i in range(heads - power)]
+    return jnp.asarray(slopes, jnp.float32)

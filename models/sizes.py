@@ -1,0 +1,68 @@
+"""How large a model is, and how wide it must be to have a given size; nothing is allocated."""
+
+import dataclasses
+import math
+
+import jax
+from flax import nnx
+
+from phyla.models.config import ModelConfig
+from phyla.models.errors import UserError
+from phyla.models.language_model import LanguageModel
+
+
+def abstract(config: ModelConfig) -> LanguageModel:
+    """The model with shapes in place of arrays. Raises UserError where the configuration contradicts itself."""
+    return jax.eval_shape(lambda: LanguageModel(config, nnx.Rngs(0)))
+
+
+def count(config: ModelConfig) -> int:
+    """Number of parameters."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(config)))
+
+
+def flops_per_token(config: ModelConfig, length: int) -> float:
+    """Forward operations per token of matrix products and mixers, at a context of `length` (no norms, no softmax).
+
+    A training step takes three times as many: Kaplan et al. 2020, section 2.1.
+    """
+    parameters = nnx.to_flat_state(nnx.state(abstract(config)))
+    matrices = sum(math.prod(p.shape) for _, p in parameters if p.get_metadata()["matrix"])
+    if config.tie_embeddings:
+        matrices += (config.vocab_size or 0) * config.width
+    layers = [layer for block in config.pattern for layer in (block.mixer, block.channel) if layer is not None]
+    return 2 * matrices + config.repeats * sum(layer.flops_per_token(config, length) for layer in layers)
+
+
+def fit_width(config: ModelConfig, parameters: int, tolerance: float = 0.01) -> ModelConfig:
+    """The configuration with the width that gives it the wanted number of parameters.
+
+    Of the widths within the tolerance, the roundest (a multiple of 64, else 32, … else 1). Layers keep their other
+    fields: those relative to the width, such as `expand`, follow it.
+
+    Raises UserError if no width comes near enough, or none is valid.
+    """
+
+    def at(width: int) -> ModelConfig:
+        return dataclasses.replace(config, width=width)
+
+    def error(width: int) -> float:
+        try:
+            return count(at(width)) / parameters - 1
+        except UserError:  # a width that the heads do not divide, say
+            return math.nan
+
+    # The count grows with the width: bisect over multiples of the step at which widths are valid.
+    for step in (64, 32, 16, 8, 4, 2, 1):
+        if math.isnan(error(step)):
+            continue
+        low, high = 1, 2
+        while error(high * step) < 0:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if error(middle * step) < 0 else (low, middle)
+        best = min(low * step, high * step, key=lambda width: abs(error(width)))
+        if abs(error(best)) <= tolerance:
+            return at(best)
+    raise UserError(f"no model.width gives {parameters:,} parameters within {tolerance:.0%}; nearest: {config.width}")

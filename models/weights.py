@@ -1,0 +1,109 @@
+"""Learned matrices: how one is made, and the contract of the objects that can stand in for one.
+
+Every learned matrix is used through `Linear` or `Embedding` (`phyla.models.layers`), whose `weight` is a `Param` or a
+`Weight`: an object that knows how to multiply. Compression swaps one for the other; no architecture knows of it.
+"""
+
+import abc
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Initializer = Callable[[jax.Array, tuple[int, ...]], jax.Array]
+
+
+def parameter(
+    init: Initializer,
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    rngs: nnx.Rngs,
+    *,
+    weight_decay: bool = False,
+    matrix: bool = False,
+    learning_rate: float = 1.0,
+) -> nnx.Param:
+    """A float32 parameter and what the rest of the house needs to know of it.
+
+    Args:
+        init: `init(key, shape) -> array`.
+        shape: its shape.
+        axes: a logical name for each dimension; `phyla.training.sharding` maps them to mesh axes.
+        rngs: the stream `params` is used.
+        weight_decay: whether the optimizer decays it (matrices yes; norms, biases, A_log, D no).
+        matrix: whether it multiplies activations from the right, (in, out); Muon orthogonalises these.
+        learning_rate: multiplies the optimizer's learning rate.
+    """
+    if len(axes) != len(shape):
+        raise ValueError(f"axes {axes} do not name the dimensions of shape {shape}")
+    return nnx.Param(
+        init(rngs.params(), shape).astype(jnp.float32),
+        axes=axes,
+        weight_decay=weight_decay,
+        matrix=matrix,
+        learning_rate=learning_rate,
+    )
+
+
+def normal(std: float) -> Initializer:
+    """Normal with a fixed standard deviation."""
+    return lambda key, shape: std * jax.random.normal(key, shape)
+
+
+def fan_in(scale: float = 1.0) -> Initializer:
+    """Normal with standard deviation scale / √(first dimension)."""
+    return lambda key, shape: scale / math.sqrt(shape[0]) * jax.random.normal(key, shape)
+
+
+def constant(value: float) -> Initializer:
+    """The same value everywhere."""
+    return lambda key, shape: jnp.full(shape, value)
+
+
+class Weight(nnx.Module, abc.ABC):
+    """A matrix of shape (in, out) held in another form than one dense array."""
+
+    @abc.abstractmethod
+    def matmul(self, x: jax.Array) -> jax.Array:
+        """x [..., in] times the matrix, [..., out], in x's dtype."""
+
+    @abc.abstractmethod
+    def materialize(self) -> jax.Array:
+        """The dense float32 matrix, [in, out]."""
+
+
+def matmul(x: jax.Array, weight: nnx.Param | Weight) -> jax.Array:
+    """x [..., in] times weight [in, out], in x's dtype."""
+    return weight.matmul(x) if isinstance(weight, Weight) else dense_matmul(x, weight[...])
+
+
+def materialize(weight: nnx.Param | Weight) -> jax.Array:
+    """The dense float32 matrix."""
+    return weight.materialize() if isinstance(weight, Weight) else weight[...]
+
+
+@functools.partial(jax.custom_vjp)
+def dense_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [..., in] @ w [in, out] in x's dtype, accumulated in float32.
+
+    The gradient of w is computed as xᵀg in w's own layout: autodiff's (gᵀx)ᵀ is slow on the CPU.
+    """
+    return jnp.matmul(x, w.astype(x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def _matmul_fwd(x, w):
+    return dense_matmul(x, w), (x, w)
+
+
+def _matmul_bwd(residuals, g):
+    x, w = residuals
+    dx = jnp.matmul(g, w.astype(x.dtype).T, preferred_element_type=jnp.float32).astype(x.dtype)
+    rows = math.prod(x.shape[:-1])
+    dw = jnp.matmul(x.reshape(rows, -1).T, g.reshape(rows, -1), preferred_element_type=jnp.float32)
+    return dx, dw.astype(w.dtype)
+
+
+dense_matmul.defvjp(_matmul_fwd, _matmul_bwd)

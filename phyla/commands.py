@@ -1,0 +1,250 @@
+"""The commands: each turns its arguments into a dataclass and calls one function of the floors below."""
+
+import importlib
+import inspect
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, make_dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+
+from tyro.conf import Positional, UseAppendAction, arg
+
+from phyla import configs
+from phyla.arguments import parse
+from phyla.models.errors import UserError
+
+if TYPE_CHECKING:
+    from phyla.training.config import Experiment
+
+TRAIN_HELP = """\
+usage: phyla train NAME [OPTIONS]
+
+Trains one experiment. Every field of it is an option: `phyla train NAME --help` lists them with their values.
+
+experiments:
+{experiments}
+
+examples:
+  phyla train transformer
+  phyla train mamba --optimizer.learning-rate 1e-3 --model.layers 6
+  phyla train transformer --model.pattern.0.mixer.heads 8 --max-steps 100 --out runs/eight-heads
+"""
+
+
+def train(arguments: Sequence[str]) -> None:
+    """`phyla train NAME`: a run directory under runs/, or where --out says. Trains on if it exists."""
+    if not arguments or arguments[0].startswith("-"):
+        if {"-h", "--help"} & set(arguments):
+            print(TRAIN_HELP.format(experiments=_experiments()), end="")
+            return
+        names = ", ".join(configs.EXPERIMENTS)
+        raise UserError(f"name an experiment first: {names} (as in `phyla train transformer`)")
+    experiment, out, max_steps = train_arguments(arguments)
+    use_all_cores(_sequences(experiment))
+    from phyla.training import loop, run
+
+    loop.train(experiment, out or run.default_folder(experiment), max_steps=max_steps)
+
+
+def train_arguments(arguments: Sequence[str]) -> "tuple[Experiment, Path | None, int | None]":
+    """The named experiment with the fields that the arguments change, the folder and the bound on the steps."""
+    name, *rest = arguments
+    experiment = configs.experiment(name)
+    # Its sections and the command's own options side by side; the name is what was asked for.
+    hints = get_type_hints(type(experiment))
+    sections = [each.name for each in fields(experiment) if each.name != "name"]
+    options: list[Any] = [(each, hints[each], field(default=getattr(experiment, each))) for each in sections]
+    steps_help, out_help = "Stop after this many steps, on the same schedule.", "The run's folder."
+    options += [
+        ("max_steps", Annotated[int | None, arg(help=steps_help)], field(default=None)),
+        ("out", Annotated[Path | None, arg(help=out_help)], field(default=None)),
+    ]
+    description = f"{_summary(name)}\n\nTrains it, or goes on if it was interrupted. Its fields and their values:"
+    Train = make_dataclass("Train", options, kw_only=True, frozen=True, namespace={"__doc__": description})
+    chosen = parse(Train, rest, prog=f"phyla train {name}")
+    changed = {each: getattr(chosen, each) for each in sections}
+    return replace(experiment, **changed), chosen.out, chosen.max_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Trains experiments at one parameter budget on the same tokens, and reports which is better.
+
+    Interrupted, the same command goes on and repeats nothing that is finished.
+
+    examples:
+      phyla compare
+      phyla compare transformer mamba --seeds 3
+      phyla compare --budget-minutes 8 --parameters 2000000
+    """
+
+    names: Annotated[tuple[str, ...], Positional, arg(metavar="[NAME ...]")] = configs.SMALL
+    """Experiments."""
+    parameters: int | None = None
+    """Parameters of each, met within 1 % by its width; None: those of the first."""
+    seeds: int = 1
+    """Runs of each."""
+    tokens: int | None = None
+    """Training tokens of each run; None: what the experiment says."""
+    budget_minutes: float | None = None
+    """Instead of tokens: minutes of training for everything together."""
+    out: Path | None = None
+    """Folder of the report and the runs; None: runs/compare, with the names if any were given."""
+
+    def __post_init__(self):
+        if self.tokens is not None and self.budget_minutes is not None:
+            raise UserError("--tokens and --budget-minutes exclude each other: give one")
+
+
+def compare(arguments: Sequence[str]) -> None:
+    """`phyla compare [NAME ...]`."""
+    options = parse(Compare, arguments, prog="phyla compare")
+    experiments = [configs.experiment(name) for name in options.names]
+    use_all_cores(math.gcd(*map(_sequences, experiments)))
+    from phyla.training import compare
+
+    compare.compare(
+        experiments,
+        out=options.out or comparison_folder(options.names),
+        parameters=options.parameters,
+        seeds=options.seeds,
+        tokens=options.tokens,
+        budget_minutes=options.budget_minutes,
+    )
+
+
+def comparison_folder(names: Sequence[str]) -> Path:
+    """Where a comparison goes by default."""
+    return Path("runs") / "-".join(["compare", *(() if names == configs.SMALL else names)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Validation loss of a run: nats per token and bits per byte.
+
+    examples:
+      phyla evaluate runs/RUN
+      phyla evaluate runs/RUN --data "texts/*.txt" --json loss.json
+    """
+
+    run: Annotated[Path, Positional, arg(metavar="RUN")]
+    """The run's folder."""
+    data: str | None = None
+    """Source of the text, as in --data.source; None: the run's own validation text."""
+    json: Path | None = None
+    """Where the table goes as JSON; None: beside the run."""
+
+
+def evaluate(arguments: Sequence[str]) -> None:
+    """`phyla evaluate RUN`."""
+    options = parse(Evaluate, arguments, prog="phyla evaluate")
+    from phyla.training.evaluate import evaluate_run
+
+    evaluate_run(options.run, data=options.data, json=options.json)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    r"""Continues prompts with a run's model.
+
+    examples:
+      phyla generate runs/RUN --prompt "It is a truth"
+      phyla generate runs/RUN --prompt "She" --prompt "He said" --temperature 0 --max-tokens 50
+      phyla generate runs/RUN --prompt "Chapter" --top-p 0.9 --stop "." --stop $'\n'
+    """
+
+    run: Annotated[Path, Positional, arg(metavar="RUN")]
+    """The run's folder."""
+    prompt: UseAppendAction[tuple[str, ...]]
+    """Text to continue; give it again for a batch."""
+    temperature: float = 0.8
+    """Of the softmax; 0: always the likeliest token."""
+    top_k: int | None = None
+    """Only the k likeliest tokens."""
+    top_p: float | None = None
+    """Only the likeliest tokens that reach this probability together."""
+    min_p: float | None = None
+    """Only tokens at least this likely, relative to the likeliest."""
+    seed: int = 0
+    """Of the sampling."""
+    max_tokens: int = 200
+    """Tokens after each prompt."""
+    stop: UseAppendAction[tuple[str, ...]] = ()
+    """Text at which a continuation ends; give it again for more."""
+    json: Path | None = None
+    """Where the continuations go as JSON; None: beside the run."""
+
+    def __post_init__(self):
+        if not self.prompt:
+            raise UserError('give at least one prompt: --prompt "It is a truth"')
+
+
+def generate(arguments: Sequence[str]) -> None:
+    """`phyla generate RUN --prompt TEXT`."""
+    options = parse(Generate, arguments, prog="phyla generate")
+    from phyla.training.generate import generate_run
+
+    generate_run(
+        options.run,
+        list(options.prompt),
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        seed=options.seed,
+        max_tokens=options.max_tokens,
+        stop=list(options.stop),
+        json=options.json,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Measures an operation on this machine.
+
+    examples:
+      phyla bench scan
+      phyla bench scan --json scan.json
+    """
+
+    what: Annotated[Literal["scan"], Positional]
+    """scan: a Mamba training step over the same step without its scan."""
+    json: Path | None = None
+    """Where the table goes as JSON; None: nowhere."""
+
+
+def bench(arguments: Sequence[str]) -> None:
+    """`phyla bench scan`."""
+    options = parse(Bench, arguments, prog="phyla bench")
+    from phyla.training.bench import bench_scan
+
+    bench_scan(options.json)
+
+
+def use_all_cores(batch_size: int) -> None:
+    """Makes one virtual CPU device per core, as far as they divide the batch, before JAX starts.
+
+    Data parallelism over them keeps every core busy where the operations of one device do not. It leaves a number
+    that the user set (XLA_FLAGS or JAX_NUM_CPU_DEVICES) alone, and changes nothing where the devices are not CPUs.
+    """
+    import jax
+
+    forced = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if not forced and jax.config.jax_num_cpu_devices == -1:
+        cores = getattr(os, "process_cpu_count", os.cpu_count)() or 1
+        jax.config.update("jax_num_cpu_devices", math.gcd(batch_size, cores))
+
+
+def _sequences(experiment: "Experiment") -> int:
+    return experiment.loop.batch_size // experiment.loop.microbatches
+
+
+def _experiments() -> str:
+    return "\n".join(f"  {name:<12} {_summary(name)}" for name in configs.EXPERIMENTS)
+
+
+def _summary(name: str) -> str:
+    function = getattr(importlib.import_module(configs.EXPERIMENTS[name]), name.replace("-", "_").replace(".", "_"))
+    return (inspect.getdoc(function) or "").partition("\n")[0]

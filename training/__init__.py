@@ -1,0 +1,1 @@
+"""Data, objectives, optimizer, step, loop, checkpoints, parallelism, evaluation, generation and comparison."""

@@ -1,0 +1,108 @@
+"""Checkpoints by Orbax: asynchronous, atomic, the latest and the best kept, restored onto any mesh."""
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import grain.checkpoint
+import jax
+import orbax.checkpoint as ocp
+from flax import nnx
+from orbax.checkpoint import checkpoint_managers
+
+from phyla.models.errors import UserError
+from phyla.training.step import TrainState
+
+METRIC = "bits_per_byte"
+
+
+class Checkpoints:
+    """The checkpoints of a run. A context: leaving it waits for the last one to be written.
+
+    Each holds `params` (the averaged ones under `ema` if the run keeps an average), `rest` of the training state,
+    `data` (the iterator's position) and `progress` (seconds trained and the like).
+    """
+
+    def __init__(self, folder: Path, keep: int = 1):
+        policies = checkpoint_managers.AnyPreservationPolicy(
+            [
+                checkpoint_managers.LatestN(keep),
+                checkpoint_managers.BestN(
+                    get_metric_fn=lambda metrics: metrics[METRIC],
+                    reverse=True,
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
+        )
+        self._manager = ocp.CheckpointManager(
+            (folder / "checkpoints").absolute(),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies,
+                best_fn=lambda metrics: metrics[METRIC],
+                best_mode="min",
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._manager.close()
+
+    def latest(self) -> int | None:
+        """The last step with a whole checkpoint; None if there is none."""
+        return self._manager.latest_step()
+
+    def best(self) -> int | None:
+        """The step with the lowest validation bits per byte; None if none was measured."""
+        return self._manager.best_step()
+
+    def save(self, state: TrainState, data: Any, progress: dict, bits_per_byte: float | None) -> None:
+        """Starts to write the state at its step; returns when the state may be donated."""
+        rest = state._replace(params=None, ema=None)._asdict()
+        items = {
+            "params": ocp.args.StandardSave(state.params),
+            "rest": ocp.args.StandardSave(rest),
+            "data": grain.checkpoint.CheckpointSave(data),
+            "progress": ocp.args.JsonSave(progress),
+        }
+        if state.ema is not None:
+            items["ema"] = ocp.args.StandardSave(state.ema)
+        metrics = None if bits_per_byte is None else {METRIC: bits_per_byte}
+        self._manager.save(int(state.step), args=ocp.args.Composite(**items), metrics=metrics)
+
+    def restore(self, step: int, abstract: TrainState, data: Any) -> tuple[TrainState, dict]:
+        """The state of a step, laid out as `abstract` says (shapes, dtypes, shardings); sets `data` to its position."""
+        rest = abstract._replace(params=None, ema=None)._asdict()
+        items = {
+            "params": ocp.args.StandardRestore(abstract.params),
+            "rest": ocp.args.StandardRestore(rest),
+            "data": grain.checkpoint.CheckpointRestore(data),
+            "progress": ocp.args.JsonRestore(),
+        }
+        if abstract.ema is not None:
+            items["ema"] = ocp.args.StandardRestore(abstract.ema)
+        found = self._manager.restore(step, args=ocp.args.Composite(**items))
+        whole = found["rest"] | {"params": found["params"], "ema": found.get("ema")}
+        return TrainState(**whole), found["progress"]
+
+    def restore_params(self, step: int, abstract: nnx.State, *, averaged: bool) -> nnx.State:
+        """Only the parameters of a step, or their moving average."""
+        item = "ema" if averaged else "params"
+        args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)})
+        return self._manager.restore(step, args=args)[item]
+
+
+def with_shardings(abstract: Any, shardings: Any) -> Any:
+    """Shapes and dtypes with shardings, as `Checkpoints.restore` takes them."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+
+
+def whole_step(checkpoints: Checkpoints, folder: Path) -> int:
+    """The latest step. Raises UserError if the run has no checkpoint yet."""
+    step = checkpoints.latest()
+    if step is None:
+        raise UserError(f"{folder} has no checkpoint yet")
+    return step

@@ -1,0 +1,128 @@
+"""One experiment as frozen data: a model, its data, an optimizer, a schedule and a mesh."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from phyla.training.data.config import DataConfig
+
+from phyla.models.config import ModelConfig
+from phyla.models.errors import UserError
+
+
+def at_least(section: str, config: object, **minimum: float) -> None:
+    """Raises UserError, naming the field, if one is below its minimum."""
+    for name, least in minimum.items():
+        value = getattr(config, name)
+        if value is not None and not value >= least:
+            raise UserError(f"{section}.{name} must be at least {least}, not {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """An optimizer, its schedule and its clipping."""
+
+    name: Literal["adamw", "lion", "adafactor", "muon"] = "adamw"
+    """Muon treats matrices; everything else gets AdamW."""
+    learning_rate: float = 2e-3
+    """At the schedule's peak."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After the warmup: a cosine to the end; stable, then a linear decay (warmup-stable-decay); or constant."""
+    warmup_fraction: float = 0.05
+    """Share of the steps that warm up linearly."""
+    decay_fraction: float = 0.2
+    """Share of the steps that decay, for wsd."""
+    final_fraction: float = 0.1
+    """Last learning rate over the peak."""
+    weight_decay: float = 0.1
+    """Decoupled; matrices only (norms, biases, A_log, D are exempt)."""
+    beta1: float = 0.9
+    """First moment (momentum)."""
+    beta2: float = 0.95
+    """Second moment; Lion's slow momentum."""
+    epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_norm: float = 1.0
+    """Largest global norm of the gradient."""
+
+    def __post_init__(self):
+        at_least("optimizer", self, learning_rate=0, weight_decay=0, warmup_fraction=0, decay_fraction=0)
+        at_least("optimizer", self, final_fraction=0, beta1=0, beta2=0, epsilon=0)
+        if not self.clip_norm > 0:
+            raise UserError(f"optimizer.clip_norm must be positive, not {self.clip_norm}")
+        if self.warmup_fraction + (self.decay_fraction if self.schedule == "wsd" else 0) > 1:
+            raise UserError("optimizer.warmup_fraction and optimizer.decay_fraction must not exceed 1 together")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How long, how often, from which seed."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 16
+    """Sequences a step, over all devices and microbatches."""
+    microbatches: int = 1
+    """Gradient accumulation: parts in which a batch is computed."""
+    seed: int = 0
+    """Of the initialisation and of the data's order."""
+    eval_every: int = 200
+    """Steps between validations (and one at the end)."""
+    eval_tokens: int | None = 65_536
+    """Validation tokens during training; the last validation uses all. None: always all."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints (and one at the end)."""
+    keep: int = 2
+    """Latest checkpoints kept; the best one on validation is kept beside them."""
+    log_every: int = 10
+    """Steps between lines of metrics."""
+    ema: float = 0.0
+    """Decay of an exponential moving average of the parameters, used to evaluate; 0: none."""
+    max_skipped: int = 10
+    """Non-finite updates in a row after which the run stops."""
+    loss_chunk: int = 8192
+    """Tokens whose logits exist at one time, when the vocabulary is large."""
+    tensorboard: bool = False
+    """Also write TensorBoard events (needs the extra `tensorboard`)."""
+
+    def __post_init__(self):
+        at_least("loop", self, steps=1, batch_size=1, microbatches=1, eval_every=1, eval_tokens=1, seed=0)
+        at_least("loop", self, checkpoint_every=1, keep=1, log_every=1, ema=0, max_skipped=1, loss_chunk=1)
+        if self.ema >= 1:
+            raise UserError(f"loop.ema must be below 1, not {self.ema}")
+        if self.batch_size % self.microbatches:
+            fits = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
+            nearest = min(fits, key=lambda n: abs(n - self.microbatches))
+            raise UserError(
+                f"loop.microbatches {self.microbatches} does not divide loop.batch_size {self.batch_size}; "
+                f"nearest: {nearest}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How many ways each kind of parallelism divides the devices."""
+
+    data: int = -1
+    """Copies of the model, each with a share of the batch; -1: all devices that the others leave."""
+    fsdp: int = 1
+    """Ways the parameters are divided, with the batch."""
+    tensor: int = 1
+    """Ways each layer's width is divided."""
+
+    def __post_init__(self):
+        at_least("mesh", self, fsdp=1, tensor=1)
+        if self.data < 1 and self.data != -1:
+            raise UserError(f"mesh.data must be at least 1, or -1 for the rest of the devices, not {self.data}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Everything that a run is made of."""
+
+    name: str
+    """Of the experiment."""
+    model: ModelConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)

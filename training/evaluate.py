@@ -1,0 +1,107 @@
+"""The loss of a model on a whole text, as nats per token and bits per byte."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.table import Table
+
+from phyla.training import run, sharding
+from phyla.training.data.pipeline import Packed, prepare
+from phyla.training.objectives import Batch, Objective
+from phyla.training.progress import Reporter
+from phyla.training.saved import Saved, load
+
+
+class Score(NamedTuple):
+    """Of a model on a text."""
+
+    bits_per_byte: float
+    nats_per_token: float
+    tokens: int
+    seconds: float
+
+
+def make_evaluate(graphdef: nnx.GraphDef, objective: Objective) -> Callable[[nnx.State, Batch], tuple]:
+    """A compiled (params, batch) -> (loss sum, weight sum)."""
+
+    @jax.jit
+    def sums(params: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        return objective(nnx.merge(graphdef, params), batch, jax.random.key(0))[:2]
+
+    return sums
+
+
+def score(
+    sums: Callable[[nnx.State, Batch], tuple],
+    params: nnx.State,
+    packed: Packed,
+    batch_size: int,
+    mesh: Mesh,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Score:
+    """Every row of a packed text, each token predicted once.
+
+    Args:
+        sums: from `make_evaluate`.
+        params: the model's parameters.
+        packed: the text.
+        batch_size: sequences at a time, over all processes.
+        mesh: where they go.
+        progress: called with the number of batches done.
+    """
+    begin = time.perf_counter()
+    batches = packed.batches(batch_size, jax.process_index(), jax.process_count())
+    totals = []
+    for i, batch in enumerate(batches):
+        totals.append(sums(params, sharding.put_batch(batch, mesh)))
+        if i:
+            jax.block_until_ready(totals[i - 1])  # at most two batches in flight
+        progress(i + 1)
+    loss, weight = np.asarray(jax.device_get(totals), np.float64).sum(axis=0)
+    assert round(weight) == packed.num_tokens, (weight, packed.num_tokens)
+    bits = loss / math.log(2) / packed.num_bytes
+    return Score(float(bits), float(loss / weight), packed.num_tokens, time.perf_counter() - begin)
+
+
+def evaluate_run(folder: Path, *, data: str | None = None, json: Path | None = None) -> Score:
+    """Evaluates a run's last checkpoint on its validation text or on `data`; prints a table and writes it as JSON.
+
+    Raises UserError if the folder is not a run or has no checkpoint, or if the data cannot be read.
+    """
+    saved: Saved = load(folder)
+    config = saved.experiment.data
+    if data is not None:
+        config = dataclasses.replace(config, validation=data)
+    packed = prepare(config, saved.tokenizer, "validation")
+    batch_size = saved.experiment.loop.batch_size
+    sums = make_evaluate(saved.graphdef, saved.objective)
+    with Reporter() as reporter, reporter.task("evaluate", -(-len(packed.tokens) // batch_size), "batches") as task:
+        result = score(sums, saved.params, packed, batch_size, saved.mesh, task.update)
+    where = data or config.validation or f"{config.source}, held out"
+    record = {
+        "run": str(folder),
+        "step": saved.step,
+        "data": where,
+        "bits_per_byte": result.bits_per_byte,
+        "nats_per_token": result.nats_per_token,
+        "tokens": result.tokens,
+        "bytes": packed.num_bytes,
+        "tokens_per_second": result.tokens / result.seconds,
+    }
+    run.write_json(json or folder / "evaluation.json", record)
+    table = Table(title=f"{folder} at step {saved.step:,} on {where}")
+    for column in ("bits per byte", "nats per token", "tokens", "bytes", "tokens/s"):
+        table.add_column(column, justify="right")
+    score_columns = f"{result.bits_per_byte:.4f}", f"{result.nats_per_token:.4f}", f"{result.tokens:,}"
+    table.add_row(*score_columns, f"{packed.num_bytes:,}", f"{record['tokens_per_second']:,.0f}")
+    Console().print(table)
+    return result

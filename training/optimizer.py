@@ -1,0 +1,90 @@
+"""Optimizers and schedules from optax, applied by the metadata that the models put on their parameters."""
+
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+
+from phyla.training.config import OptimizerConfig
+
+
+def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """The learning rate at each step: a linear warmup, then as configured."""
+    peak, final = config.learning_rate, config.learning_rate * config.final_fraction
+    warmup = round(config.warmup_fraction * steps)
+    after = max(1, steps - warmup)
+    if config.schedule == "cosine":
+        rest = optax.cosine_decay_schedule(peak, after, alpha=config.final_fraction)
+    elif config.schedule == "wsd":
+        decay = max(1, round(config.decay_fraction * steps))
+        rest = optax.linear_schedule(peak, final, decay, transition_begin=after - decay)
+    else:
+        rest = optax.constant_schedule(peak)
+    # The first update already moves: step 0 of the warmup has 1/warmup of the peak.
+    ramp = optax.linear_schedule(peak / max(1, warmup), peak, max(1, warmup - 1))
+    return optax.join_schedules([ramp, rest], [warmup])
+
+
+def make_optimizer(config: OptimizerConfig, steps: int, params: nnx.State) -> optax.GradientTransformation:
+    """Clipping by global norm, then the optimizer with decoupled weight decay, for `params`' structure and metadata.
+
+    A parameter's metadata say whether it decays, whether it is a matrix (for Muon) and what multiplies its
+    learning rate.
+    """
+    rate, decays = schedule(config, steps), metadata(params, "weight_decay")
+    moments: dict[str, Any] = {"b1": config.beta1, "b2": config.beta2}
+    if config.name == "adamw":
+        update = optax.adamw(rate, **moments, eps=config.epsilon, weight_decay=config.weight_decay, mask=decays)
+    elif config.name == "lion":
+        update = optax.lion(rate, **moments, weight_decay=config.weight_decay, mask=decays)
+    elif config.name == "adafactor":
+        # optax adds Adafactor's decay after the learning rate; scaled here as the others scale it.
+        update = optax.chain(
+            optax.scale_by_factored_rms(),
+            optax.clip_by_block_rms(1.0),
+            optax.add_decayed_weights(config.weight_decay, mask=decays),
+            optax.scale_by_learning_rate(rate),
+        )
+    else:
+        update = optax.contrib.muon(
+            rate,
+            beta=config.beta1,
+            weight_decay=config.weight_decay,
+            weight_decay_mask=decays,
+            adam_b1=config.beta1,
+            adam_b2=config.beta2,
+            adam_weight_decay=config.weight_decay,
+            muon_weight_dimension_numbers=_muon_dimensions(params),
+            consistent_rms=0.2,  # of AdamW's updates, so that one learning rate serves both (Liu et al. 2025)
+        )
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm), update, _multiply(metadata(params, "learning_rate"))
+    )
+
+
+def metadata(params: nnx.State, name: str) -> Any:
+    """One metadata entry of every parameter, as a tree."""
+    return _map_variables(lambda variable: variable.get_metadata()[name], params)
+
+
+def _map_variables(function: Any, tree: Any) -> Any:
+    return jax.tree.map(function, tree, is_leaf=lambda node: isinstance(node, nnx.Variable))
+
+
+def _muon_dimensions(params: nnx.State) -> Any:
+    """Matrices are (…, in, out); None leaves the parameter to AdamW."""
+
+    def dimensions(variable: nnx.Variable) -> optax.contrib.MuonDimensionNumbers | None:
+        n = variable.ndim
+        return optax.contrib.MuonDimensionNumbers(n - 2, n - 1) if variable.get_metadata()["matrix"] else None
+
+    return _map_variables(dimensions, params)
+
+
+def _multiply(factors: Any) -> optax.GradientTransformation:
+    def update(updates, state, params=None):
+        scaled = jax.tree.map(lambda f, u: u if f == 1.0 else jax.tree.map(lambda x: f * x, u), factors, updates)
+        return scaled, state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

@@ -1,0 +1,118 @@
+"""The run directory: what was asked for, and everything that came of it.
+
+config.json       the resolved experiment, its hash, the git SHA, the package versions, the tokenizer's fingerprint
+tokenizer/        the tokenizer
+checkpoints/      one folder a step
+metrics.jsonl     one line for each logged step and each validation
+summary.json      once training has ended
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from phyla.models.errors import UserError
+from phyla.models.serialization import from_json, to_json
+from phyla.training.config import Experiment
+
+PACKAGES = ("phyla", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "datasets", "tokenizers", "numpy")
+
+
+def config_hash(experiment: Experiment) -> str:
+    """Twelve hexadecimal digits that change with any field."""
+    text = json.dumps(to_json(experiment), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def default_folder(experiment: Experiment) -> Path:
+    """runs/NAME-HASH: the same command continues the same run."""
+    return Path("runs") / f"{experiment.name}-{config_hash(experiment)[:6]}"
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes the whole file or leaves the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    os.replace(temporary, path)
+
+
+def git_sha() -> str | None:
+    """Of the code that runs, with `-dirty` if it has uncommitted changes; None outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # no git
+        return None
+    return found.stdout.strip() if found.returncode == 0 else None
+
+
+def create(folder: Path, experiment: Experiment, fingerprint: dict) -> None:
+    """Writes config.json, or checks that the one there says the same.
+
+    Raises UserError, naming the first field that differs, if the folder holds another experiment.
+    """
+    path = folder / "config.json"
+    if path.exists():
+        before = flatten(json.loads(path.read_text())["experiment"])
+        now = flatten(to_json(experiment))
+        for name in sorted(before.keys() | now.keys()):
+            if before.get(name) != now.get(name):
+                raise UserError(
+                    f"{folder} holds a run with {name} = {before.get(name)}, not {now.get(name)}; choose another --out"
+                )
+        return
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty and holds no run; choose another --out")
+    record = {
+        "experiment": to_json(experiment),
+        "hash": config_hash(experiment),
+        "git": git_sha(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "tokenizer": fingerprint,
+    }
+    write_json(path, record)
+
+
+def flatten(data: Any, prefix: str = "") -> dict[str, Any]:
+    """A JSON tree as dotted names and values."""
+    if isinstance(data, dict):
+        items = data.items()
+    elif isinstance(data, list):
+        items = ((str(i), value) for i, value in enumerate(data))
+    else:
+        return {prefix: data}
+    return {k: v for name, value in items for k, v in flatten(value, f"{prefix}.{name}" if prefix else name).items()}
+
+
+def read_record(folder: Path) -> dict:
+    """config.json of a run. Raises UserError if there is none."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise UserError(f"{folder} is not a run: it has no config.json{_nearest(folder)}")
+    return json.loads(path.read_text())
+
+
+def read_experiment(folder: Path) -> Experiment:
+    """The resolved experiment of a run. Raises UserError if there is none."""
+    return from_json(Experiment, read_record(folder)["experiment"], "config.json")
+
+
+def _nearest(folder: Path) -> str:
+    found = sorted(path.parent for path in folder.parent.glob("*/config.json"))
+    return f"; there: {', '.join(map(str, found[:5]))}" if found else ""
+
+
+def with_vocabulary(experiment: Experiment, vocab_size: int) -> Experiment:
+    """The experiment with the tokenizer's vocabulary. Raises UserError if the model has a smaller one."""
+    model = experiment.model
+    if model.vocab_size is None:
+        return dataclasses.replace(experiment, model=dataclasses.replace(model, vocab_size=vocab_size))
+    if model.vocab_size < vocab_size:
+        raise UserError(f"model.vocab_size {model.vocab_size} is smaller than the tokenizer's; nearest: {vocab_size}")
+    return experiment

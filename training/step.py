@@ -1,0 +1,104 @@
+"""One training step, pure: (state, batch) -> (state, metrics)."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from phyla.training.config import LoopConfig
+from phyla.training.objectives import Batch, Objective
+
+
+class TrainState(NamedTuple):
+    """All that changes while training."""
+
+    step: jax.Array  # [] int32, steps taken, skipped ones included
+    params: nnx.State
+    optimizer: Any
+    ema: nnx.State | None
+    key: jax.Array  # [2] uint32, the seed's key data; a step uses the key folded with its number
+    skipped: jax.Array  # [] int32, non-finite updates so far
+    skipped_in_a_row: jax.Array  # [] int32
+
+
+class Metrics(NamedTuple):
+    """Of one step, [] float32 each."""
+
+    loss: jax.Array  # nats per token
+    tokens: jax.Array  # that the loss counts
+    gradient_norm: jax.Array  # before clipping
+    skipped: jax.Array
+    skipped_in_a_row: jax.Array
+    extra: dict[str, jax.Array]  # the objective's own, per token
+
+
+def initial_state(params: nnx.State, optimizer: optax.GradientTransformation, config: LoopConfig) -> TrainState:
+    """Before the first step."""
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(
+        step=zero,
+        params=params,
+        optimizer=optimizer.init(params),
+        ema=jax.tree.map(jnp.copy, params) if config.ema else None,
+        key=jax.random.key_data(jax.random.key(config.seed)),
+        skipped=zero,
+        skipped_in_a_row=zero,
+    )
+
+
+def make_step(
+    graphdef: nnx.GraphDef, objective: Objective, optimizer: optax.GradientTransformation, config: LoopConfig
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The step for a model's graph.
+
+    The gradient is Σ over microbatches of the loss sums' gradients, over Σ of their weights: exactly that of the
+    whole batch. A non-finite loss or gradient leaves parameters and optimizer as they were and is counted.
+    """
+
+    def loss_sum(params: nnx.State, batch: Batch, rng: jax.Array):
+        total, weight, extra = objective(nnx.merge(graphdef, params), batch, rng)
+        return total, (weight, extra)
+
+    def sums(params: nnx.State, batch: Batch, rng: jax.Array):
+        (total, (weight, extra)), gradient = jax.value_and_grad(loss_sum, has_aux=True)(params, batch, rng)
+        return total, weight, extra, gradient
+
+    def accumulated(params: nnx.State, batch: Batch, rng: jax.Array):
+        n = config.microbatches
+        if n == 1:
+            return sums(params, batch, rng)
+        # Row r goes to microbatch r % n: every device keeps its rows.
+        parts = jax.tree.map(lambda x: x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1), batch)
+        keys = jax.random.split(rng, n)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(sums, params, batch, rng))
+
+        def add(carry, part):
+            return jax.tree.map(jnp.add, carry, sums(params, *part)), None
+
+        return jax.lax.scan(add, zeros, (parts, keys))[0]
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        rng = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        total, weight, extra, gradient = accumulated(state.params, batch, rng)
+        weight = jnp.maximum(weight, 1.0)
+        loss, gradient, extra = jax.tree.map(lambda x: x / weight, (total, gradient, extra))
+        norm = optax.global_norm(gradient)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema is not None:
+            ema = jax.tree.map(lambda old, new: config.ema * old + (1 - config.ema) * new, ema, params)
+        new = params, optimizer_state, ema
+        old = state.params, state.optimizer, state.ema
+        params, optimizer_state, ema = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        skipped = state.skipped + ~finite
+        in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
+        state = TrainState(state.step + 1, params, optimizer_state, ema, state.key, skipped, in_a_row)
+        return state, Metrics(loss, weight, norm, skipped, in_a_row, extra)
+
+    return step
