@@ -1,12 +1,11 @@
 """Small models on the embedded corpus: a few minutes each on two CPU cores."""
 
-from phyla.training.data.config import DataConfig
-
 from phyla.models.config import BlockConfig, ModelConfig
 from phyla.models.mixers.attention import AttentionConfig
 from phyla.models.mixers.mamba import MambaConfig
 from phyla.models.mlp import GatedMLPConfig
 from phyla.training.config import Experiment, LoopConfig, OptimizerConfig
+from phyla.training.data.config import DataConfig
 
 
 def transformer() -> Experiment:

@@ -1,4 +1,4 @@
-"""The one kind of error that is the user's to fix."""
+"""The errors that the user is told in one line; any other keeps its traceback."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,6 +6,10 @@ from collections.abc import Iterable
 
 class UserError(ValueError):
     """Wrong input: one line that says what, where and the nearest valid choice. The command line exits with 2."""
+
+
+class Diverged(RuntimeError):
+    """A training run that gave too many non-finite updates in a row: one line. The command line exits with 1."""
 
 
 def choose(what: str, name: str, choices: Iterable[str]) -> str:

@@ -91,7 +91,7 @@ class LanguageModel(nnx.Module):
 
     def __call__(
         self, tokens: jax.Array, state: ModelState | None = None, segment_ids: jax.Array | None = None
-    ) -> tuple[jax.Array, ModelState | None]:
+    ) -> tuple[jax.Array, Any]:
         """Hidden vectors, normalised, for `logits`; and the state after the last token (None if None was given).
 
         Args:
@@ -100,7 +100,7 @@ class LanguageModel(nnx.Module):
             segment_ids: [B, T], a number for each document (0: padding); None: one document, or the state's goes on.
 
         Returns:
-            hidden [B, T, D] in the compute dtype, and the state.
+            hidden [B, T, D] in the compute dtype, and the `ModelState` (None if None was given).
 
         Raises UserError for more tokens than learned positions.
         """

@@ -81,21 +81,17 @@ class Compare:
     """
 
     names: Annotated[tuple[str, ...], Positional, arg(metavar="[NAME ...]")] = configs.SMALL
-    """Experiments."""
+    """Experiments: one for each architecture."""
     parameters: int | None = None
     """Parameters of each, met within 1 % by its width; None: those of the first."""
     seeds: int = 1
     """Runs of each."""
     tokens: int | None = None
-    """Training tokens of each run; None: what the experiment says."""
+    """Training tokens of each run; None: as many as the first experiment says."""
     budget_minutes: float | None = None
-    """Instead of tokens: minutes of training for everything together."""
+    """Instead of tokens: minutes of training for all runs together, on this machine."""
     out: Path | None = None
     """Folder of the report and the runs; None: runs/compare, with the names if any were given."""
-
-    def __post_init__(self):
-        if self.tokens is not None and self.budget_minutes is not None:
-            raise UserError("--tokens and --budget-minutes exclude each other: give one")
 
 
 def compare(arguments: Sequence[str]) -> None:
@@ -212,15 +208,16 @@ class Bench:
     what: Annotated[Literal["scan"], Positional]
     """scan: a Mamba training step over the same step without its scan."""
     json: Path | None = None
-    """Where the table goes as JSON; None: nowhere."""
+    """Where the table goes as JSON; None: runs/bench-scan.json."""
 
 
 def bench(arguments: Sequence[str]) -> None:
     """`phyla bench scan`."""
     options = parse(Bench, arguments, prog="phyla bench")
-    from phyla.training.bench import bench_scan
+    from phyla.training import bench
 
-    bench_scan(options.json)
+    use_all_cores(bench.BATCH)
+    bench.bench_scan(options.json)
 
 
 def use_all_cores(batch_size: int) -> None:

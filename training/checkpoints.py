@@ -1,10 +1,11 @@
 """Checkpoints by Orbax: asynchronous, atomic, the latest and the best kept, restored onto any mesh."""
 
+import math
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import grain.checkpoint
+import grain
 import jax
 import orbax.checkpoint as ocp
 from flax import nnx
@@ -27,12 +28,7 @@ class Checkpoints:
         policies = checkpoint_managers.AnyPreservationPolicy(
             [
                 checkpoint_managers.LatestN(keep),
-                checkpoint_managers.BestN(
-                    get_metric_fn=lambda metrics: metrics[METRIC],
-                    reverse=True,
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                ),
+                checkpoint_managers.BestN(get_metric_fn=lambda metrics: metrics[METRIC], reverse=True, n=1),
             ]
         )
         self._manager = ocp.CheckpointManager(
@@ -55,36 +51,33 @@ class Checkpoints:
         """The last step with a whole checkpoint; None if there is none."""
         return self._manager.latest_step()
 
-    def best(self) -> int | None:
-        """The step with the lowest validation bits per byte; None if none was measured."""
-        return self._manager.best_step()
-
-    def save(self, state: TrainState, data: Any, progress: dict, bits_per_byte: float | None) -> None:
+    def save(self, state: TrainState, data: grain.DatasetIterator, progress: dict, bits_per_byte: float | None) -> None:
         """Starts to write the state at its step; returns when the state may be donated."""
         rest = state._replace(params=None, ema=None)._asdict()
         items = {
             "params": ocp.args.StandardSave(state.params),
             "rest": ocp.args.StandardSave(rest),
-            "data": grain.checkpoint.CheckpointSave(data),
+            "data": ocp.args.JsonSave(data.get_state()),
             "progress": ocp.args.JsonSave(progress),
         }
         if state.ema is not None:
             items["ema"] = ocp.args.StandardSave(state.ema)
-        metrics = None if bits_per_byte is None else {METRIC: bits_per_byte}
+        metrics = {METRIC: math.inf if bits_per_byte is None else bits_per_byte}
         self._manager.save(int(state.step), args=ocp.args.Composite(**items), metrics=metrics)
 
-    def restore(self, step: int, abstract: TrainState, data: Any) -> tuple[TrainState, dict]:
+    def restore(self, step: int, abstract: TrainState, data: grain.DatasetIterator) -> tuple[TrainState, dict]:
         """The state of a step, laid out as `abstract` says (shapes, dtypes, shardings); sets `data` to its position."""
         rest = abstract._replace(params=None, ema=None)._asdict()
         items = {
             "params": ocp.args.StandardRestore(abstract.params),
             "rest": ocp.args.StandardRestore(rest),
-            "data": grain.checkpoint.CheckpointRestore(data),
+            "data": ocp.args.JsonRestore(),
             "progress": ocp.args.JsonRestore(),
         }
         if abstract.ema is not None:
             items["ema"] = ocp.args.StandardRestore(abstract.ema)
         found = self._manager.restore(step, args=ocp.args.Composite(**items))
+        data.set_state(found["data"])
         whole = found["rest"] | {"params": found["params"], "ema": found.get("ema")}
         return TrainState(**whole), found["progress"]
 

@@ -3,10 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from phyla.training.data.config import DataConfig
-
 from phyla.models.config import ModelConfig
 from phyla.models.errors import UserError
+from phyla.training.data.config import DataConfig
 
 
 def at_least(section: str, config: object, **minimum: float) -> None:

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from phyla.models import sizes
-from phyla.models.errors import UserError
+from phyla.models.errors import Diverged, UserError
 from phyla.models.language_model import LanguageModel
 from phyla.training import machine, run, sharding
 from phyla.training.checkpoints import Checkpoints, with_shardings
@@ -28,10 +28,6 @@ from phyla.training.saved import make_objective
 from phyla.training.step import Metrics, initial_state, make_step
 
 SUMMARY = "summary.json"
-
-
-class Diverged(RuntimeError):
-    """Too many non-finite updates in a row; the checkpoints hold the state before them."""
 
 
 def train(
@@ -132,7 +128,7 @@ def train(
             checkpoints.save(state, data, progress, None if result is None else result.bits_per_byte)
 
         with reporter.task(experiment.name, last, "steps", begin) as task:
-            number, late = begin, None
+            number, late, result = begin, None, None
             while number < last and stop.signal is None:
                 state, metrics = compiled(state, sharding.put_batch(next(data), mesh))
                 number += 1
@@ -155,9 +151,11 @@ def train(
                         line = log.train(then, found)
                         task.update(then, f"loss {line['loss']:.3f} · {line['tokens_per_second']:,.0f} tokens/s")
 
-                if pauses and number < config.steps:
+                if pauses:
                     with log.paused():
-                        save(validate(number, glance) if validates else None)
+                        result = validate(number, glance) if validates else None
+                        if number < config.steps:
+                            save(result)
 
             if number == config.steps:
                 with log.paused():
@@ -167,7 +165,7 @@ def train(
 
     if stop.signal == signal.SIGINT:
         raise KeyboardInterrupt
-    if number < config.steps:
+    if number < config.steps or result is None:
         return None
     summary = {
         "name": experiment.name,

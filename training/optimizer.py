@@ -32,34 +32,28 @@ def make_optimizer(config: OptimizerConfig, steps: int, params: nnx.State) -> op
     A parameter's metadata say whether it decays, whether it is a matrix (for Muon) and what multiplies its
     learning rate.
     """
-    rate, decays = schedule(config, steps), metadata(params, "weight_decay")
-    moments: dict[str, Any] = {"b1": config.beta1, "b2": config.beta2}
     if config.name == "adamw":
-        update = optax.adamw(rate, **moments, eps=config.epsilon, weight_decay=config.weight_decay, mask=decays)
+        direction = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
     elif config.name == "lion":
-        update = optax.lion(rate, **moments, weight_decay=config.weight_decay, mask=decays)
+        direction = optax.scale_by_lion(config.beta1, config.beta2)
     elif config.name == "adafactor":
-        # optax adds Adafactor's decay after the learning rate; scaled here as the others scale it.
-        update = optax.chain(
-            optax.scale_by_factored_rms(),
-            optax.clip_by_block_rms(1.0),
-            optax.add_decayed_weights(config.weight_decay, mask=decays),
-            optax.scale_by_learning_rate(rate),
-        )
+        direction = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
     else:
-        update = optax.contrib.muon(
-            rate,
+        muon = optax.contrib.muon(
+            1.0,
             beta=config.beta1,
-            weight_decay=config.weight_decay,
-            weight_decay_mask=decays,
             adam_b1=config.beta1,
             adam_b2=config.beta2,
-            adam_weight_decay=config.weight_decay,
             muon_weight_dimension_numbers=_muon_dimensions(params),
-            consistent_rms=0.2,  # of AdamW's updates, so that one learning rate serves both (Liu et al. 2025)
+            consistent_rms=0.2,  # AdamW's, so that one learning rate serves both (Liu et al. 2025)
         )
+        direction = optax.chain(muon, optax.scale(-1.0))
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm), update, _multiply(metadata(params, "learning_rate"))
+        optax.clip_by_global_norm(config.clip_norm),
+        direction,
+        optax.add_decayed_weights(config.weight_decay, mask=metadata(params, "weight_decay")),
+        _multiply(metadata(params, "learning_rate")),
+        optax.scale_by_learning_rate(schedule(config, steps)),
     )
 
 

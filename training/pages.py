@@ -65,7 +65,10 @@ Block = Heading | Paragraph | Bullets | Table | Plot | Sample
 
 # The pictures are black on white; inverting the lightness and keeping the hue makes them pictures for a dark page.
 CSS = """
-:root { color-scheme: light dark; --ink: #1a1c20; --soft: #5b6470; --rule: #d9dde3; --page: #fff; --best: #e3f1e6; --notice: #fdf3dc }
+:root {
+  color-scheme: light dark;
+  --ink: #1a1c20; --soft: #5b6470; --rule: #d9dde3; --page: #fff; --best: #e3f1e6; --notice: #fdf3dc;
+}
 @media screen and (prefers-color-scheme: dark) {
   :root { --ink: #e6e8ec; --soft: #a4abb6; --rule: #3a3f48; --page: #15171b; --best: #1d3f2a; --notice: #40351a }
   img { filter: invert(1) hue-rotate(180deg); mix-blend-mode: screen }
@@ -81,19 +84,30 @@ ul { padding-left: 1.25rem }
 .notice { background: var(--notice); padding: .5rem .75rem; border-radius: .3rem }
 .wide { overflow-x: auto; margin: 1rem 0 }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums }
-th, td { padding: .4rem .7rem; border-bottom: 1px solid var(--rule); text-align: left; vertical-align: baseline; overflow-wrap: anywhere }
+th, td { padding: .4rem .7rem; border-bottom: 1px solid var(--rule); text-align: left; vertical-align: baseline }
+td { overflow-wrap: anywhere }
 thead th { color: var(--soft); font-weight: 500; vertical-align: bottom }
 tbody th { position: sticky; left: 0; background: var(--page); font-weight: 600; white-space: nowrap }
-.numbers td, .numbers thead th + th { text-align: right; white-space: nowrap }
-.numbers thead th { white-space: normal; min-width: 3.5rem }
+.numbers td { text-align: right; white-space: nowrap }
+.numbers thead th + th { text-align: right; min-width: 4.5rem }
 td.best { background: var(--best); font-weight: 700 }
 img { display: block; width: 100%; height: auto }
 figcaption { color: var(--soft); font-size: .875rem; margin-top: .5rem }
-pre { border-left: 3px solid var(--rule); padding: .25rem 0 .25rem 1rem; font: .875rem/1.5 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere }
+pre {
+  border-left: 3px solid var(--rule); padding: .25rem 0 .25rem 1rem;
+  font: .875rem/1.5 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
+}
 @media print {
-  body { font-size: 10pt } main { max-width: none; padding: 0 } .wide { overflow: visible } tbody th { position: static }
-  table { font-size: 7.5pt } th, td { padding: .25rem .3rem } figure, tr { break-inside: avoid } h2, h3 { break-after: avoid }
-  figure { max-width: 32rem } td.best { text-decoration: underline }
+  body { font-size: 10pt }
+  main { max-width: none; padding: 0 }
+  .wide { overflow: visible }
+  table { font-size: 7.5pt }
+  th, td { padding: .25rem .3rem }
+  tbody th { position: static }
+  td.best { text-decoration: underline }
+  figure { max-width: 25rem }
+  figure, tr { break-inside: avoid }
+  h2, h3 { break-after: avoid }
 }
 """
 
@@ -139,9 +153,9 @@ def _html(block: Block) -> str:
         case Table():
             return _html_table(block)
         case Plot(_, png, caption):
-            data = base64.b64encode(png).decode()
             text = _escape(caption)
-            return f'<figure><img alt="{text}" src="data:image/png;base64,{data}">\n<figcaption>{text}</figcaption></figure>'
+            image = f'<img alt="{text}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+            return f"<figure>{image}\n<figcaption>{text}</figcaption></figure>"
         case Sample():
             return _sample(block)
 

@@ -72,4 +72,4 @@ class Task:
         self._said = now
         rate = (done - self._first) / max(now - self._began, 1e-9)
         left = f" · ETA {(self._total - done) / rate:,.0f} s" if rate > 0 and done < self._total else ""
-        self._reporter.note(f"{self._name} {done:,}/{self._total:,} {self._unit}{left} · {status}")
+        self._reporter.note(f"{self._name} {done:,}/{self._total:,} {self._unit}{left}{status and f' · {status}'}")

@@ -35,7 +35,8 @@ def make_mesh(config: MeshConfig, batch: int) -> Mesh:
     need = data * model
     shape = f"mesh data × fsdp × tensor = {data} × {config.fsdp} × {config.tensor} = {need}"
     if need > len(devices):
-        raise UserError(f"{shape} devices, but there are {len(devices)}; nearest: mesh.data {len(devices) // model}")
+        fits = f"mesh.data {len(devices) // model}" if model <= len(devices) else f"mesh.tensor {len(devices)}"
+        raise UserError(f"{shape} devices, but there are {len(devices)}; nearest: {fits}")
     if need < len(devices) and jax.process_count() > 1:
         raise UserError(f"{shape} devices, but a job of several processes must use all {len(devices)}")
     if batch % (data * config.fsdp):

@@ -85,7 +85,7 @@ def make_step(
         total, weight, extra, gradient = accumulated(state.params, batch, rng)
         weight = jnp.maximum(weight, 1.0)
         loss, gradient, extra = jax.tree.map(lambda x: x / weight, (total, gradient, extra))
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)

@@ -1,0 +1,152 @@
+"""The front door: which command, with what, and how it ends."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from math import gcd
+from pathlib import Path
+
+import pytest
+
+from phyla import __version__, commands, configs
+from phyla.arguments import parse
+from phyla.cli import COMMANDS, main
+from phyla.commands import Bench, Compare, Evaluate, Generate, comparison_folder, train_arguments
+from phyla.models.errors import UserError
+
+
+def line(capsys) -> str:
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_help_and_version(capsys):
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {name} " in shown for name in COMMANDS)
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"phyla {__version__}\n"
+    assert main([]) == 2
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_examples(command, capsys):
+    with contextlib.suppress(SystemExit):
+        main([command, "--help"])
+    assert f"\nexamples:\n  phyla {command}" in capsys.readouterr().out
+
+
+def test_train_help_lists_experiments_and_fields(capsys):
+    main(["train", "--help"])
+    shown = capsys.readouterr().out
+    assert all(f"\n  {name} " in shown for name in configs.EXPERIMENTS)
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", "transformer", "--help"])
+    shown = capsys.readouterr().out
+    for option in ("model.pattern.0.mixer.heads INT", "optimizer.learning-rate FLOAT", "max-steps", "data.source STR"):
+        assert f"--{option}" in shown
+    assert "--name" not in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["trian"], "phyla: no command 'trian'; nearest: train"),
+        (["train"], "phyla train: name an experiment first: transformer"),
+        (["train", "--max-steps", "5", "mamba"], "phyla train: name an experiment first: transformer"),
+        (["train", "trasformer"], "phyla train: no experiment 'trasformer'; nearest: transformer"),
+        (["train", "mamba", "--model.layer", "3"], "phyla train: no option --model.layer; nearest: --model.layers"),
+        (
+            ["train", "transformer", "--heads", "8"],
+            "phyla train: no option --heads; nearest: --model.pattern.0.mixer.heads",
+        ),
+        (["train", "mamba", "--name", "x"], "phyla train: no option --name"),
+        (["train", "mamba", "--loop.microbatches", "3"], "phyla train: loop.microbatches 3 does not divide"),
+        (["train", "mamba", "--data.sequence-length", "0"], "phyla train: data.sequence_length must be at least 1"),
+        (["compare", "mamba", "trans"], "phyla compare: no experiment 'trans'; nearest: transformer"),
+        (["compare", "--seeds", "two"], "phyla compare: --seeds must be an integer, not 'two'"),
+        (["evaluate"], "phyla evaluate: RUN must be given"),
+        (["generate", "runs/x"], "phyla generate: give at least one prompt"),
+        (["bench", "scna"], "phyla bench: no {scan} 'scna'; nearest: scan"),
+    ],
+)
+def test_a_wrong_line_is_one_line_and_status_2(arguments, expected, capsys):
+    assert main(arguments) == 2
+    assert line(capsys).startswith(expected)
+
+
+def test_how_a_command_ends(monkeypatch, capsys):
+    def ends_with(error):
+        def command(arguments):
+            raise error
+
+        monkeypatch.setattr(commands, "train", command)
+        return main(["train", "mamba"])
+
+    assert ends_with(UserError("two\nlines")) == 2
+    assert line(capsys) == "phyla train: two lines\n"
+    assert ends_with(KeyboardInterrupt()) == 130
+    assert line(capsys) == "phyla train: interrupted\n"
+    with pytest.raises(ValueError, match="a bug"):
+        ends_with(ValueError("a bug"))
+
+
+def test_train_changes_the_named_experiment():
+    arguments = "transformer --model.layers 6 --optimizer.learning-rate 3e-4 --model.pattern.0.mixer.heads 8"
+    experiment, out, max_steps = train_arguments([*arguments.split(), "--max-steps", "5", "--out", "o"])
+    assert (experiment.name, experiment.model.layers, experiment.optimizer.learning_rate) == ("transformer", 6, 3e-4)
+    assert getattr(experiment.model.pattern[0].mixer, "heads", None) == 8
+    assert (out, max_steps) == (Path("o"), 5)
+    assert train_arguments(["mamba"]) == (configs.experiment("mamba"), None, None)
+
+
+def test_the_other_commands_read_their_options():
+    assert parse(Compare, [], prog="") == Compare(names=configs.SMALL)
+    assert parse(Compare, ["mamba", "--seeds", "3", "--budget-minutes", "8"], prog="") == Compare(
+        names=("mamba",), seeds=3, budget_minutes=8.0
+    )
+    assert comparison_folder(configs.SMALL) == Path("runs/compare")
+    assert comparison_folder(("mamba", "transformer")) == Path("runs/compare-mamba-transformer")
+    assert parse(Evaluate, ["r", "--data", "a.txt"], prog="") == Evaluate(run=Path("r"), data="a.txt")
+    assert parse(Generate, ["r", "--prompt", "a", "--prompt", "b", "--stop", ".", "--top-k", "3"], prog="") == Generate(
+        run=Path("r"), prompt=("a", "b"), stop=(".",), top_k=3
+    )
+    assert parse(Bench, ["scan", "--json", "x"], prog="") == Bench(what="scan", json=Path("x"))
+
+
+def python(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=True
+    )
+    return done.stdout.splitlines()[-1]
+
+
+def test_what_needs_no_jax_imports_no_jax():
+    code = """
+import json, sys, time
+start = time.perf_counter()
+from phyla.cli import main
+for arguments in (["--help"], ["--version"], ["trian"], []):
+    main(arguments)
+print(json.dumps([time.perf_counter() - start, [m for m in ("jax", "tyro", "numpy", "rich") if m in sys.modules]]))
+"""
+    seconds, heavy = json.loads(python(code))
+    assert heavy == []
+    assert seconds < 0.5
+
+
+@pytest.mark.parametrize(
+    ("environment", "devices"),
+    [
+        ({}, gcd(6, getattr(os, "process_cpu_count", os.cpu_count)() or 1)),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}, 3),
+        ({"JAX_NUM_CPU_DEVICES": "5"}, 5),
+    ],
+)
+def test_use_all_cores(environment, devices):
+    code = "from phyla.commands import use_all_cores; use_all_cores(6); import jax; print(jax.device_count('cpu'))"
+    assert python(code, **environment) == str(devices)

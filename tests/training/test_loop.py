@@ -1,0 +1,210 @@
+"""The loop as a user meets it: exact resume after a kill, clean stops, honest refusals."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from phyla.models.errors import Diverged, UserError
+from phyla.models.serialization import to_json
+from phyla.training import log, run
+from phyla.training.config import MeshConfig
+from phyla.training.loop import train
+from phyla.training.saved import load
+
+PROGRAM = """
+import sys
+from pathlib import Path
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_compilation_cache_dir", sys.argv[4])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+import json
+from phyla.models.serialization import from_json
+from phyla.training.config import Experiment
+from phyla.training.loop import train
+train(from_json(Experiment, json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2]), max_steps=int(sys.argv[3]))
+print("ended", flush=True)
+"""
+
+
+def start(experiment, folder, tmp_path, max_steps):
+    """Trains in a process of its own."""
+    config = tmp_path / "experiment.json"
+    run.write_json(config, to_json(experiment))
+    cache = str(jax.config.jax_compilation_cache_dir)
+    arguments = [sys.executable, "-c", PROGRAM, str(config), str(folder), str(max_steps), cache]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ})
+
+
+def wait_for_step(process, folder, step):
+    """Until metrics.jsonl has the step's line."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        if any(line["step"] >= step for line in log.read(folder)):
+            return
+        if process.poll() is not None:
+            break
+        time.sleep(0.02)
+    process.kill()
+    raise AssertionError(process.communicate()[0])
+
+
+def curve(folder):
+    """What must not differ between two runs."""
+    wanted = ("step", "loss", "bits_per_byte", "gradient_norm", "tokens", "validation_bits_per_byte")
+    return [{name: line[name] for name in wanted if name in line} for line in log.read(folder)]
+
+
+def same_parameters(a, b):
+    jax.tree.map(np.testing.assert_array_equal, load(a).params, load(b).params)
+
+
+def test_killed_and_resumed_equals_uninterrupted(experiment, tmp_path):
+    experiment = dataclasses.replace(experiment, mesh=MeshConfig(data=4, fsdp=2))
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    train(experiment, straight)
+
+    process = start(experiment, killed, tmp_path, max_steps=40)
+    wait_for_step(process, killed, 23)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert len(curve(killed)) < len(curve(straight))
+
+    # What a crash in the middle of writing a checkpoint or a line leaves behind.
+    (killed / "checkpoints" / "99.orbax-checkpoint-tmp-1" / "params").mkdir(parents=True)
+    with (killed / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 31, "lo')
+
+    train(experiment, killed)
+    assert curve(killed) == curve(straight)
+    same_parameters(killed, straight)
+
+
+def test_a_stop_after_some_steps_is_the_same_run(experiment, tmp_path):
+    assert train(experiment, tmp_path / "parts", max_steps=20) is None
+    assert train(experiment, tmp_path / "parts", max_steps=15) is None  # already further
+    summary = train(experiment, tmp_path / "parts")
+    whole = train(experiment, tmp_path / "whole")
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+    same_parameters(tmp_path / "parts", tmp_path / "whole")
+    assert summary is not None
+    assert whole is not None
+    assert summary["bits_per_byte"] == whole["bits_per_byte"]
+    assert train(experiment, tmp_path / "whole") == whole  # finished: nothing is run again
+
+
+def test_sigterm_finishes_the_step_saves_and_exits_with_0(experiment, tmp_path):
+    experiment = dataclasses.replace(
+        experiment, loop=dataclasses.replace(experiment.loop, steps=100_000, eval_every=50_000, checkpoint_every=50_000)
+    )
+    folder = tmp_path / "run"
+    process = start(experiment, folder, tmp_path, max_steps=100_000)
+    wait_for_step(process, folder, 3)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, output
+    assert "ended" in output
+    assert load(folder).step == log.read(folder)[-1]["step"] > 3
+
+
+def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(experiment, tmp_path):
+    folder = tmp_path / "run"
+    steps = dataclasses.replace(experiment.loop, max_skipped=3, checkpoint_every=5)
+    experiment = dataclasses.replace(experiment, loop=steps)
+    train(experiment, folder, max_steps=10)
+    good = load(folder)
+
+    # From here on every gradient is infinite.
+    checkpoint = folder / "checkpoints" / "10" / "params"
+    with ocp.StandardCheckpointer() as checkpointer:
+        params = checkpointer.restore(checkpoint)
+        params["embedding"]["weight"] = jnp.full_like(params["embedding"]["weight"], jnp.nan)
+        checkpointer.save(checkpoint, params, force=True)
+    with pytest.raises(Diverged, match="3 non-finite updates in a row at step 13"):
+        train(experiment, folder)
+    assert load(folder).step == 10
+    assert good.step == 10
+    assert [line["skipped"] for line in log.read(folder) if line["step"] in (11, 12) and "skipped" in line] == [1, 2]
+
+
+def test_a_checkpoint_restores_on_another_mesh(experiment, tmp_path):
+    folder = tmp_path / "run"
+    before = dataclasses.replace(experiment, mesh=MeshConfig(data=2, fsdp=4))
+    train(before, folder, max_steps=10)
+    # The mesh is part of the experiment: the run is moved on purpose, as on a new machine.
+    after = dataclasses.replace(experiment, mesh=MeshConfig(data=8))
+    record = json.loads((folder / "config.json").read_text())
+    run.write_json(folder / "config.json", record | {"experiment": to_json(run.with_vocabulary(after, 257))})
+    train(after, folder, max_steps=20)
+    train(experiment, tmp_path / "one", max_steps=20)
+    a, b = (log.read(path)[-1]["validation_bits_per_byte"] for path in (folder, tmp_path / "one"))
+    np.testing.assert_allclose(a, b, rtol=1e-4)
+
+
+def test_the_latest_and_the_best_checkpoints_are_kept(experiment, tmp_path):
+    keep = dataclasses.replace(experiment.loop, eval_every=5, checkpoint_every=5, keep=1)
+    # A learning rate that spoils what it had learned: the best checkpoint is an early one.
+    wild = dataclasses.replace(experiment.optimizer, learning_rate=0.3, schedule="constant", warmup_fraction=0.5)
+    folder = tmp_path / "run"
+    train(dataclasses.replace(experiment, loop=keep, optimizer=wild), folder)
+    scores = {line["step"]: line["validation_bits_per_byte"] for line in log.read(folder) if "whole_text" in line}
+    best = min(scores, key=lambda step: scores[step])
+    assert best < 40
+    kept = {int(path.name) for path in (folder / "checkpoints").iterdir()}
+    assert kept == {best, 40}
+
+
+def test_the_run_directory_says_what_was_run(experiment, tmp_path):
+    train(experiment, tmp_path / "run", max_steps=1)
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert record["hash"] == run.config_hash(run.read_experiment(tmp_path / "run"))
+    assert record["versions"]["jax"] == jax.__version__
+    assert record["tokenizer"]["vocab_size"] == 257
+    assert "git" in record
+    assert run.read_experiment(tmp_path / "run") == run.with_vocabulary(experiment, 257)
+
+
+def test_another_experiment_in_the_same_folder_is_refused(experiment, tmp_path):
+    train(experiment, tmp_path / "run", max_steps=1)
+    other = dataclasses.replace(experiment, optimizer=dataclasses.replace(experiment.optimizer, learning_rate=0.5))
+    with pytest.raises(UserError, match=r"optimizer\.learning_rate = 0\.01, not 0\.5"):
+        train(other, tmp_path / "run")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("")
+    with pytest.raises(UserError, match="is not empty"):
+        train(experiment, tmp_path / "full")
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        ("mesh", {"data": 16}, "16 devices, but there are 8"),
+        ("model", {"width": 15}, r"attention\.heads 2 does not divide model\.width 15; nearest: 1"),
+        ("model", {"vocab_size": 100}, r"model\.vocab_size 100 is smaller than the tokenizer's; nearest: 257"),
+        ("data", {"source": "nowhere/*.txt"}, "nowhere"),
+    ],
+)
+def test_impossible_experiments_are_refused_before_anything_is_written(experiment, tmp_path, section, change, message):
+    broken = dataclasses.replace(experiment, **{section: dataclasses.replace(getattr(experiment, section), **change)})
+    with pytest.raises(UserError, match=message):
+        train(broken, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_that_is_not_the_runs_is_refused(experiment, tmp_path):
+    train(experiment, tmp_path / "run", max_steps=1)
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
+    record["tokenizer"]["sha256"] = "0" * 64
+    run.write_json(tmp_path / "run" / "config.json", record)
+    with pytest.raises(UserError, match="tokenizer is not the one of this run"):
+        load(tmp_path / "run")

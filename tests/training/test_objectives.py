@@ -1,0 +1,75 @@
+"""The loss: equal to the textbook's, never all logits at once, only real targets counted."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from phyla.models.config import BlockConfig, ModelConfig
+from phyla.models.language_model import LanguageModel
+from phyla.models.mixers.attention import AttentionConfig
+from phyla.training.objectives import cross_entropy, next_token
+
+
+def reference(hidden, table, targets):
+    """Float64."""
+    logits = np.asarray(hidden, np.float64) @ np.asarray(table, np.float64).T
+    peak = logits.max(-1, keepdims=True)
+    log_z = np.log(np.exp(logits - peak).sum(-1)) + peak[..., 0]
+    return log_z - np.take_along_axis(logits, np.asarray(targets)[..., None], -1)[..., 0]
+
+
+@pytest.mark.parametrize("chunk", [2, 6, 8, 10_000])
+def test_chunks_change_neither_loss_nor_gradient(chunk):
+    B, T, D, V = 2, 7, 4, 50
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden, table = 3 * jax.random.normal(keys[0], (B, T, D)), jax.random.normal(keys[1], (V, D))
+    targets = jax.random.randint(keys[2], (B, T), 0, V)
+
+    def loss(hidden, table):
+        return cross_entropy(lambda x: x @ table.T, hidden, targets, chunk=chunk)
+
+    np.testing.assert_allclose(loss(hidden, table), reference(hidden, table, targets), rtol=1e-5, atol=1e-5)
+
+    def total(hidden, table):
+        return jnp.sum(jnp.sin(loss(hidden, table)))
+
+    def plain(hidden, table):
+        logits = hidden @ table.T
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
+        return jnp.sum(jnp.sin(-chosen))
+
+    for a, b in zip(jax.grad(total, (0, 1))(hidden, table), jax.grad(plain, (0, 1))(hidden, table), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_all_logits_never_exist_at_once(optimised):
+    B, T, D, V = 4, 256, 8, 4096
+    arguments = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((B, T, D), (V, D))]
+    targets = jnp.zeros((B, T), jnp.int32)
+
+    def temporaries(chunk):
+        def total(hidden, table):
+            return jnp.sum(cross_entropy(lambda x: x @ table.T, hidden, targets, chunk=chunk))
+
+        compiled = jax.jit(jax.grad(total, (0, 1))).lower(*arguments).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    all_logits = 4 * B * T * V
+    assert temporaries(B * T) > all_logits  # the measure sees them
+    assert temporaries(64) < all_logits / 4
+
+
+def test_only_targets_inside_a_document_count():
+    config = ModelConfig(width=8, layers=1, vocab_size=11, pattern=(BlockConfig(mixer=AttentionConfig(heads=2)),))
+    model = LanguageModel(config, nnx.Rngs(0))
+    tokens = jnp.asarray([[1, 2, 3, 4, 5, 0, 0]])
+    segment_ids = jnp.asarray([[1, 1, 1, 2, 2, 0, 0]])
+    total, weight, _ = next_token(model, {"tokens": tokens, "segment_ids": segment_ids}, jax.random.key(0), chunk=100)
+    assert weight == 3  # 1→2, 2→3 and 4→5; not 3→4, not into padding, not inside it
+    separate = 0.0
+    for document in ([1, 2, 3], [4, 5]):
+        logits = model.logits(model(jnp.asarray([document[:-1]]))[0])
+        separate -= jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray([document[1:]])[..., None], -1).sum()
+    np.testing.assert_allclose(total, separate, rtol=1e-5)

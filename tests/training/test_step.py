@@ -1,0 +1,77 @@
+"""The step: exact accumulation, exact counting, and nothing learned from what is not finite."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from phyla.training.config import LoopConfig
+from phyla.training.saved import make_objective
+
+
+@pytest.mark.parametrize("microbatches", [2, 4, 8])
+def test_accumulation_equals_the_whole_batch(experiment, setup, batch, microbatches):
+    step, state, _, _ = setup(experiment)
+    parts, _, _, _ = setup(experiment, microbatches=microbatches)
+    (whole, a), (accumulated, b) = step(state, batch), parts(state, batch)
+    np.testing.assert_allclose(a.loss, b.loss, rtol=1e-6)
+    np.testing.assert_allclose(a.gradient_norm, b.gradient_norm, rtol=1e-5)
+    assert a.tokens == b.tokens == 47 - 8
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), whole.params, accumulated.params)
+
+
+def test_the_gradient_is_that_of_the_mean_over_tokens(experiment, setup, batch):
+    step, state, graphdef, experiment = setup(experiment)
+    objective = make_objective(experiment)
+
+    def mean(params):
+        total, weight, _ = objective(nnx.merge(graphdef, params), batch, jax.random.key(0))
+        return total / weight
+
+    loss, gradient = jax.value_and_grad(mean)(state.params)
+    metrics = step(state, batch)[1]
+    np.testing.assert_allclose(metrics.loss, loss, rtol=1e-6)
+    np.testing.assert_allclose(metrics.gradient_norm, optax.tree.norm(gradient), rtol=1e-5)
+
+
+def test_a_non_finite_update_is_skipped_and_counted(experiment, setup, batch):
+    step, state, _, _ = setup(experiment, ema=0.5)
+    broken = jax.tree.map(jnp.copy, state.params)
+    broken["norm"]["scale"][...] = broken["norm"]["scale"][...].at[0].set(jnp.inf)
+    before = state._replace(params=broken)
+    after, metrics = step(before, batch)
+    assert (metrics.skipped, metrics.skipped_in_a_row, after.step) == (1, 1, 1)
+    for old, new in (
+        (before.params, after.params),
+        (before.optimizer, after.optimizer),
+        (before.ema, after.ema),
+    ):
+        jax.tree.map(np.testing.assert_array_equal, old, new)
+    after, metrics = step(after, batch)
+    assert (metrics.skipped, metrics.skipped_in_a_row) == (2, 2)
+    mended, metrics = step(after._replace(params=state.params), batch)
+    assert (metrics.skipped, metrics.skipped_in_a_row) == (2, 0)
+    assert any(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), state.params, mended.params)))
+
+
+def test_the_average_follows_the_parameters(experiment, setup, batch):
+    step, state, _, _ = setup(experiment, ema=0.75)
+    after, _ = step(state, batch)
+    expected = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, state.params, after.params)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), expected, after.ema)
+
+
+def test_the_loss_goes_down(experiment, setup, batch):
+    step, state, _, _ = setup(experiment)
+    losses = []
+    for _ in range(30):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics.loss))
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_microbatches_must_divide_the_batch():
+    with pytest.raises(ValueError, match=r"loop\.microbatches 5 does not divide loop\.batch_size 16; nearest: 4"):
+        LoopConfig(batch_size=16, microbatches=5)

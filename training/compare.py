@@ -1,0 +1,253 @@
+"""The comparison: the same budget, the same tokens in the same order, one report.
+
+    plan.json               what is compared, and how
+    NAME-seedN/             the runs
+    baselines.json          what n-grams and xz make of the same text
+    results.jsonl           every measured figure
+    report.html, report.md, *.png
+
+Each piece is made once: an interrupted comparison continues where it was.
+"""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from phyla.models import sizes
+from phyla.models.errors import UserError
+from phyla.training import run, sharding
+from phyla.training.baselines import baselines
+from phyla.training.config import Experiment
+from phyla.training.data.sources import documents
+from phyla.training.data.tokenizers import encode_document, make_tokenizer
+from phyla.training.generate import Sampling, generate
+from phyla.training.log import read
+from phyla.training.loop import train
+from phyla.training.machine import description
+from phyla.training.progress import Reporter
+from phyla.training.report import summary_table, write_report
+from phyla.training.saved import load
+from phyla.training.speed import measure
+
+CALIBRATION_STEPS = 15
+VALIDATIONS = 10
+"""Points of a learning curve."""
+PROMPT = "It was"
+SAMPLE_TOKENS = 400
+
+
+def compare(
+    experiments: Sequence[Experiment],
+    *,
+    out: Path,
+    parameters: int | None,
+    seeds: int,
+    tokens: int | None,
+    budget_minutes: float | None,
+) -> None:
+    """Compares architectures into a folder, or continues what is there.
+
+    Args:
+        experiments: one for each architecture, on the same data in the same batches.
+        out: the folder.
+        parameters: of each model, within 1 %; None: as many as the first has.
+        seeds: runs of each.
+        tokens: trained on in each run; None: the first experiment's.
+        budget_minutes: instead of `tokens`: minutes of training of the whole comparison on this machine.
+
+    Raises UserError, before anything is trained, if the experiments or the folder do not fit.
+    """
+    if seeds < 1:
+        raise UserError(f"--seeds must be at least 1, not {seeds}")
+    if tokens is not None and budget_minutes is not None:
+        raise UserError("--tokens and --budget-minutes exclude each other")
+    if budget_minutes is not None and not budget_minutes > 0:
+        raise UserError(f"--budget-minutes must be positive, not {budget_minutes}")
+    experiments = _equal(experiments, parameters)
+    asked = {"parameters": parameters, "seeds": seeds, "tokens": tokens, "budget_minutes": budget_minutes}
+    path = out / "plan.json"
+    with Reporter() as reporter:
+        if path.exists():
+            plan = json.loads(path.read_text())
+            _check_same(plan, experiments, asked, out)
+        else:
+            if out.is_dir() and any(child.name != "calibration" for child in out.iterdir()):
+                raise UserError(f"{out} is not empty and holds no comparison; choose another --out")
+            tokens = tokens or _tokens_in(budget_minutes, experiments, seeds, out, reporter)
+            plan = _plan(experiments, asked, tokens, out)
+            run.write_json(path, plan)
+
+        runs = [(experiment, seed) for seed in range(seeds) for experiment in experiments]
+        jobs: list[tuple[str, Callable[[], object]]] = [
+            ("baselines", lambda: _baselines(experiments[0], out)),
+            *((f"train {e.name}", lambda e=e, s=s: _train(e, s, plan, out, reporter)) for e, s in runs),
+            *((f"measure {e.name}", lambda e=e: _measure(e, out)) for e in experiments),
+        ]
+        with reporter.task("compare", len(jobs), "jobs") as task:
+            for i, (name, job) in enumerate(jobs):
+                task.update(i, name)
+                job()
+                write_results(out)
+            task.update(len(jobs), "done")
+    plan, records = read_results(out)
+    console = Console()
+    console.print(summary_table(plan, records))
+    console.print(f"{out / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def read_results(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The plan, and a record for each figure that exists so far."""
+    plan = json.loads((out / "plan.json").read_text())
+    records: list[dict[str, Any]] = []
+    if (out / "baselines.json").exists():
+        found = json.loads((out / "baselines.json").read_text())
+        records += [{"kind": "baseline", "name": name, "bits_per_byte": bits} for name, bits in found.items()]
+    for name in plan["architectures"]:
+        for seed in range(plan["seeds"]):
+            folder = out / f"{name}-seed{seed}"
+            if (folder / "summary.json").exists():
+                records.append(_run_record(folder, name, seed))
+        speed = out / f"{name}-seed0" / "speed.json"
+        if speed.exists():
+            records.append({"kind": "speed", "name": name, **json.loads(speed.read_text())})
+    return plan, records
+
+
+def write_results(out: Path) -> None:
+    """results.jsonl and the report, from what exists so far."""
+    plan, records = read_results(out)
+    temporary = out / "results.jsonl.tmp"
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
+    temporary.replace(out / "results.jsonl")
+    write_report(out, plan, records)
+
+
+def _run_record(folder: Path, name: str, seed: int) -> dict[str, Any]:
+    model = run.read_experiment(folder).model
+    curve = [
+        {
+            "step": line["step"],
+            "tokens": line["tokens"],
+            "seconds": line["seconds"],
+            "bits_per_byte": line["validation_bits_per_byte"],
+        }
+        for line in read(folder)
+        if not line.get("whole_text", True)
+    ]
+    sample = folder / "sample.json"
+    return {
+        "kind": "run",
+        **json.loads((folder / "summary.json").read_text()),
+        "name": name,
+        "seed": seed,
+        "width": model.width,
+        "layers": model.layers,
+        "curve": curve,
+        **(json.loads(sample.read_text()) if sample.exists() else {}),
+    }
+
+
+def _equal(experiments: Sequence[Experiment], parameters: int | None) -> list[Experiment]:
+    """The experiments with the width that the budget gives them."""
+    first = experiments[0]
+    names = [experiment.name for experiment in experiments]
+    if len(set(names)) < len(names):
+        raise UserError(f"an architecture is named twice: {', '.join(names)}")
+    for experiment in experiments[1:]:
+        for name in ("data", "mesh"):
+            if getattr(experiment, name) != getattr(first, name):
+                raise UserError(f"{experiment.name} and {first.name} differ in {name}: they cannot be compared")
+        if experiment.loop.batch_size != first.loop.batch_size:
+            raise UserError(f"{experiment.name} and {first.name} differ in loop.batch_size: they cannot be compared")
+    vocab_size = make_tokenizer(first.data).vocab_size
+    experiments = [run.with_vocabulary(experiment, vocab_size) for experiment in experiments]
+    parameters = parameters or sizes.count(experiments[0].model)
+    return [dataclasses.replace(e, model=sizes.fit_width(e.model, parameters)) for e in experiments]
+
+
+def _plan(experiments: list[Experiment], asked: dict[str, Any], tokens: int, out: Path) -> dict[str, Any]:
+    first = experiments[0]
+    names = [experiment.name for experiment in experiments]
+    batch, length = first.loop.batch_size, first.data.sequence_length
+    options = [f"--{name.replace('_', '-')} {value}" for name, value in asked.items() if value is not None]
+    mesh = sharding.make_mesh(first.mesh, batch // first.loop.microbatches)
+    steps = max(1, tokens // (batch * length))
+    return {
+        "architectures": names,
+        "asked": asked,
+        "parameters": asked["parameters"] or sizes.count(first.model),
+        "seeds": asked["seeds"],
+        "tokens": steps * batch * length,
+        "steps": steps,
+        "batch_size": batch,
+        "sequence_length": length,
+        "tokenizer": first.data.tokenizer,
+        "data": first.data.source,
+        "device": description(mesh),
+        "phyla": importlib.metadata.version("phyla"),
+        "git": run.git_sha(),
+        "jax": jax.__version__,
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "command": " ".join(["phyla compare", *names, *options, f"--out {out}"]),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _check_same(plan: dict[str, Any], experiments: list[Experiment], asked: dict[str, Any], out: Path) -> None:
+    now = {"architectures": [experiment.name for experiment in experiments], "asked": asked}
+    for name, value in run.flatten(now).items():
+        before = run.flatten(plan).get(name)
+        if before != value:
+            raise UserError(f"{out} holds a comparison with {name} = {before}, not {value}; choose another --out")
+
+
+def _tokens_in(minutes: float | None, experiments: list[Experiment], seeds: int, out: Path, reporter: Reporter) -> int:
+    """How many tokens each run can train on; from the first few steps of each if the budget is in minutes."""
+    first = experiments[0]
+    if minutes is None:
+        return first.loop.steps * first.loop.batch_size * first.data.sequence_length
+    seconds_per_token = 0.0
+    for experiment in experiments:
+        folder = out / "calibration" / experiment.name
+        brief = dataclasses.replace(experiment, loop=dataclasses.replace(experiment.loop, log_every=5))
+        train(brief, folder, max_steps=CALIBRATION_STEPS, reporter=reporter)
+        seconds_per_token += seeds / read(folder)[-1]["tokens_per_second"]
+    return int(60 * minutes / seconds_per_token)
+
+
+def _train(experiment: Experiment, seed: int, plan: dict[str, Any], out: Path, reporter: Reporter) -> None:
+    every = max(1, plan["steps"] // VALIDATIONS)
+    loop = dataclasses.replace(
+        experiment.loop, steps=plan["steps"], seed=seed, eval_every=every, checkpoint_every=every, keep=1
+    )
+    train(dataclasses.replace(experiment, loop=loop), out / f"{experiment.name}-seed{seed}", reporter=reporter)
+
+
+def _baselines(experiment: Experiment, out: Path) -> None:
+    path = out / "baselines.json"
+    if not path.exists():
+        train_text, validation_text = (
+            "".join(documents(experiment.data, split)).encode() for split in ("train", "validation")
+        )
+        run.write_json(path, baselines(train_text, validation_text))
+
+
+def _measure(experiment: Experiment, out: Path) -> None:
+    """Speed, state and a sample, of the first seed's run."""
+    folder = out / f"{experiment.name}-seed0"
+    if (folder / "speed.json").exists():
+        return
+    saved = load(folder)
+    prompt = encode_document(saved.tokenizer, PROMPT)
+    sampling = Sampling(temperature=0.8)
+    tokens = generate(saved.graphdef, saved.params, [prompt], max_tokens=SAMPLE_TOKENS, sampling=sampling)[0]
+    run.write_json(folder / "sample.json", {"prompt": PROMPT, "sample": saved.tokenizer.decode(tokens)})
+    run.write_json(folder / "speed.json", measure(saved))

@@ -1,0 +1,299 @@
+"""Documents to batches: encoding, packing into rows, order, position.
+
+A row is `sequence_length + 1` ids and their segment ids: 1, 2, ... per document in the row, 0 for padding. The inputs
+are row[:-1] and the targets row[1:]; a target counts where its segment is that of its input and is not 0. A document
+that goes on in the next row repeats its last id there, so every id of every document but its BOS is a target that
+counts exactly once.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import grain
+import numpy as np
+from grain.experimental import WindowShuffleIterDataset
+
+from phyla.models.errors import UserError
+from phyla.training.data.config import DataConfig
+from phyla.training.data.sources import Position, Split, documents, stream
+from phyla.training.data.tokenizers import Tokenizer, encode_document
+
+Batch = dict[str, np.ndarray]
+"""{"tokens": int32 [B, T+1], "segment_ids": int32 [B, T+1]}"""
+
+_EPOCHS = 2**31
+
+_ENCODED_TOGETHER = 256
+"""Documents handed to the tokenizer at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """A split in rows.
+
+    Attributes:
+        tokens: int32 [R, T+1].
+        segment_ids: int32 [R, T+1], 1, 2, ... per document in the row, 0 for padding.
+        num_tokens: targets that count, in all rows.
+        num_bytes: UTF-8 bytes of the text that those targets spell, so that
+            bits per byte = total nats / ln 2 / num_bytes.
+    """
+
+    tokens: np.ndarray
+    segment_ids: np.ndarray
+    num_tokens: int
+    num_bytes: int
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of text per counted target."""
+        return self.num_bytes / self.num_tokens
+
+    def batches(self, batch_size: int, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
+        """Yield the rows in order, [batch_size // process_count, T+1] each, the last batch filled up with padding.
+
+        Raises:
+            UserError: process_count does not divide batch_size.
+        """
+        mine = _share(batch_size, process_index, process_count)
+        for start in range(0, len(self.tokens), batch_size):
+            rows = slice(start + mine.start, start + mine.stop)
+            yield {
+                "tokens": _pad_rows(self.tokens[rows], mine.stop - mine.start),
+                "segment_ids": _pad_rows(self.segment_ids[rows], mine.stop - mine.start),
+            }
+
+
+def prepare(config: DataConfig, tokenizer: Tokenizer, split: Split, max_tokens: int | None = None) -> Packed:
+    """Encode and pack a split into rows in memory, in the order of its documents.
+
+    Args:
+        config: what to read and how long the rows are.
+        tokenizer: see `make_tokenizer`.
+        split: "train" or "validation".
+        max_tokens: stop after this many counted targets (no more documents are read than that takes).
+
+    Raises:
+        UserError: the split does not fill one row, or its documents cannot be read.
+    """
+    if max_tokens is not None and max_tokens < 1:
+        raise UserError(f"max_tokens must be at least 1, not {max_tokens}")
+    encoded, num_tokens, num_bytes = [], 0, 0
+    for ids, length in _encode(documents(config, split), tokenizer, max_tokens):
+        encoded.append(ids)
+        num_tokens += len(ids) - 1
+        num_bytes += length
+    row_length = config.sequence_length + 1
+    num_ids = num_tokens + len(encoded)
+    if num_ids < row_length and num_tokens != max_tokens:
+        raise UserError(
+            f"data.sequence_length + 1 = {row_length} tokens make a row, the {split} text has only {num_ids}"
+        )
+    rows = list(RowPacker(iter(encoded), row_length))
+    return Packed(
+        tokens=np.stack([row["tokens"] for row in rows]),
+        segment_ids=np.stack([row["segment_ids"] for row in rows]),
+        num_tokens=num_tokens,
+        num_bytes=num_bytes,
+    )
+
+
+def train_iterator(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.DatasetIterator[Batch]:
+    """Return the endless iterator over training batches of one process, int32 [b, T+1] with b = batch_size / processes.
+
+    The global batch of a step is a function of the config, the tokenizer, `batch_size` and `seed` alone; its rows
+    [p * b, (p + 1) * b) are those of process p. Every epoch has an order of its own. In memory the whole split is
+    shuffled; streaming shuffles windows of `config.shuffle_buffer` rows, and every process reads the entire stream.
+
+    `get_state()` is the position as JSON values, the same in every process and for any number of processes;
+    `set_state` goes back to it exactly.
+
+    Args:
+        config: what to read.
+        tokenizer: see `make_tokenizer`.
+        batch_size: rows of the global batch.
+        seed: of the order, in [0, 2**32).
+        process_index: this process, in [0, process_count).
+        process_count: processes that share the global batch.
+
+    Raises:
+        UserError: process_count does not divide batch_size, the split does not fill one row, or its documents cannot
+            be read.
+    """
+    mine = _share(batch_size, process_index, process_count)
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed must lie in [0, 2**32), not {seed}")
+    if config.streaming:
+        # text that does not fill a row is refused here; the stream would go round and round
+        prepare(config, tokenizer, "train", max_tokens=config.sequence_length)
+        rows = WindowShuffleIterDataset(
+            _RowStream(config, tokenizer),
+            window_size=config.shuffle_buffer,
+            # grain adds the window's number: neighbouring seeds must be far apart, and 32 bits must not overflow
+            seed=int(np.random.SeedSequence(seed).generate_state(1)[0]) >> 1,
+        )
+        batches = rows.batch(batch_size).map(lambda batch: {key: value[mine] for key, value in batch.items()})
+        # no prefetching thread: while the device computes, this process has nothing else to do
+        return iter(batches)
+    packed = prepare(config, tokenizer, "train")
+    # as good as endless; the length of grain's own endless repeat overflows in batches of one row
+    order = grain.MapDataset.range(len(packed.tokens)).seed(seed).shuffle().repeat(_EPOCHS).batch(batch_size)
+
+    def gather(rows_B: np.ndarray) -> Batch:
+        rows_b = rows_B[mine]
+        return {"tokens": packed.tokens[rows_b], "segment_ids": packed.segment_ids[rows_b]}
+
+    return iter(order.map(gather).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
+
+
+def validation_batches(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int,
+    max_tokens: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> tuple[list[Batch], Packed]:
+    """Return the batches of one process over the validation split, and the split itself with its exact counts.
+
+    The last batch is filled up with rows of segment 0, whose targets do not count. With `max_tokens` only that many
+    targets, from the beginning, and the bytes that they spell: exact for bytes and byte-level vocabularies.
+
+    Raises:
+        UserError: as `prepare` and `Packed.batches`.
+    """
+    packed = prepare(config, tokenizer, "validation", max_tokens)
+    return list(packed.batches(batch_size, process_index, process_count)), packed
+
+
+class RowPacker(Iterator[Batch]):
+    """Rows, one at a time, from encoded documents; the last row is filled up with segment 0.
+
+    Attributes:
+        rest: ids of the current document that start the next row.
+    """
+
+    def __init__(self, documents: Iterator[np.ndarray], row_length: int, rest: np.ndarray | None = None):
+        self._documents = documents
+        self._row_length = row_length
+        self.rest = np.zeros(0, np.int32) if rest is None else rest
+
+    def __next__(self) -> Batch:
+        """Return {"tokens": int32 [T+1], "segment_ids": int32 [T+1]}."""
+        tokens = np.zeros(self._row_length, np.int32)
+        segment_ids = np.zeros(self._row_length, np.int32)
+        filled = 0
+        for segment in itertools.count(1):
+            if not len(self.rest):
+                self.rest = next(self._documents, self.rest)
+            piece = self.rest[: self._row_length - filled]
+            if not len(piece):
+                break
+            tokens[filled : filled + len(piece)] = piece
+            segment_ids[filled : filled + len(piece)] = segment
+            filled += len(piece)
+            # what goes on in the next row is predicted there from the last id of this one
+            self.rest = self.rest[len(piece) - 1 :] if len(piece) < len(self.rest) else self.rest[:0]
+        if not filled:
+            raise StopIteration
+        return {"tokens": tokens, "segment_ids": segment_ids}
+
+
+class _RowStream(grain.IterDataset[Batch]):
+    """The training rows of a stream of documents, over and over."""
+
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer):
+        super().__init__()
+        self._config = config
+        self._tokenizer = tokenizer
+
+    def __iter__(self) -> grain.DatasetIterator[Batch]:
+        return _RowStreamIterator(self._config, self._tokenizer)
+
+
+class _RowStreamIterator(grain.DatasetIterator[Batch]):
+    """Its state is the position before the current document, and how many ids of that document are done with."""
+
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer):
+        super().__init__()
+        self._config = config
+        self._tokenizer = tokenizer
+        self.set_state({"position": None, "done": 0})
+
+    def __next__(self) -> Batch:
+        return next(self._rows)
+
+    def get_state(self) -> dict[str, Any]:
+        return {"position": self._current.position, "done": self._current.length - len(self._rows.rest)}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._current = _Document(position=state["position"], length=0)
+        documents = _repeat(self._config, self._tokenizer, self._current)
+        rest = next(documents)[state["done"] :] if state["done"] else None
+        self._rows = RowPacker(documents, self._config.sequence_length + 1, rest)
+
+
+@dataclass
+class _Document:
+    """Where the current document begins in its source, and how many ids it has."""
+
+    position: Position
+    length: int
+
+
+def _repeat(config: DataConfig, tokenizer: Tokenizer, current: _Document) -> Iterator[np.ndarray]:
+    """Yield the ids of the training documents from `current.position` on, over and over, and keep `current` up."""
+    position = current.position
+    while True:
+        for text, after in stream(config, "train", position):
+            ids = encode_document(tokenizer, text)
+            if len(ids) > 1:
+                current.position, current.length = position, len(ids)
+                yield ids
+            position = after
+        position = None
+
+
+def _encode(texts: Iterable[str], tokenizer: Tokenizer, max_tokens: int | None) -> Iterator[tuple[np.ndarray, int]]:
+    """Yield (ids with their BOS, UTF-8 bytes) of every document that has ids, cut off after `max_tokens` ids."""
+    bos = np.asarray([tokenizer.bos_id], np.int32)
+    left = max_tokens
+    for some in itertools.batched(texts, _ENCODED_TOGETHER if max_tokens is None else 1):
+        for text, ids in zip(some, tokenizer.encode_batch(some), strict=True):
+            if left is not None and len(ids) >= left:
+                whole = len(ids) == left
+                yield np.concatenate([bos, ids[:left]]), _size(text) if whole else tokenizer.count_bytes(ids[:left])
+                return
+            if len(ids):
+                yield np.concatenate([bos, ids]), _size(text)
+            if left is not None:
+                left -= len(ids)
+
+
+def _size(text: str) -> int:
+    return len(text.encode("utf-8"))
+
+
+def _share(batch_size: int, process_index: int, process_count: int) -> slice:
+    """Return the rows of the global batch that a process has."""
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(f"batch_size {batch_size} must be a positive multiple of the {process_count} processes")
+    if not 0 <= process_index < process_count:
+        raise UserError(f"process_index {process_index} must lie in [0, {process_count})")
+    rows = batch_size // process_count
+    return slice(process_index * rows, (process_index + 1) * rows)
+
+
+def _pad_rows(rows: np.ndarray, count: int) -> np.ndarray:
+    return rows if len(rows) == count else np.pad(rows, ((0, count - len(rows)), (0, 0)))
