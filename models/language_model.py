@@ -108,11 +108,9 @@ class LanguageModel(nnx.Module):
         if config.learned_positions and tokens.shape[1] > config.learned_positions:
             raise UserError(f"{tokens.shape[1]} tokens do not fit model.learned_positions {config.learned_positions}")
         x_BxTxD = self.embedding(tokens)
-        cursor = None
-        if config.learned_positions or state is not None:
-            _, positions_BxT, cursor = advance(state and state.cursor, segment_ids, *tokens.shape)
-            if config.learned_positions:
-                x_BxTxD += self.position_embedding(positions_BxT)
+        _, positions_BxT, cursor = advance(state and state.cursor, segment_ids, *tokens.shape)
+        if config.learned_positions:
+            x_BxTxD += self.position_embedding(positions_BxT)
 
         def body(x, period_and_state):
             period, block_states = period_and_state

@@ -44,4 +44,5 @@ def from_json(kind: Any, data: Any, where: str = "config") -> Any:
     for name in names:
         if name not in data:
             raise UserError(f"{where} has no field '{name}'")
-    return kind(**{name: from_json(hints[name], value, f"{where}.{name}") for name, value in data.items()})
+    make: Any = kind
+    return make(**{name: from_json(hints[name], value, f"{where}.{name}") for name, value in data.items()})

@@ -1,6 +1,7 @@
 """How large a model is, and how wide it must be to have a given size; nothing is allocated."""
 
 import dataclasses
+import itertools
 import math
 
 import jax
@@ -47,22 +48,28 @@ def fit_width(config: ModelConfig, parameters: int, tolerance: float = 0.01) -> 
         return dataclasses.replace(config, width=width)
 
     def error(width: int) -> float:
-        try:
-            return count(at(width)) / parameters - 1
-        except UserError:  # a width that the heads do not divide, say
-            return math.nan
+        return count(at(width)) / parameters - 1
 
-    # The count grows with the width: bisect over multiples of the step at which widths are valid.
-    for step in (64, 32, 16, 8, 4, 2, 1):
-        if math.isnan(error(step)):
-            continue
-        low, high = 1, 2
+    # Heads may have to divide the width: then so does the narrowest valid width. The count grows with the width.
+    narrowest = next(width for width in itertools.count(1) if _valid(at(width)))
+    for multiple in (64, 32, 16, 8, 4, 2, 1):
+        step = math.lcm(narrowest, multiple)
+        low, high = 0, 1
         while error(high * step) < 0:
             low, high = high, 2 * high
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if error(middle * step) < 0 else (low, middle)
-        best = min(low * step, high * step, key=lambda width: abs(error(width)))
+        best = min((n * step for n in (low, high) if n), key=lambda width: abs(error(width)))
         if abs(error(best)) <= tolerance:
             return at(best)
-    raise UserError(f"no model.width gives {parameters:,} parameters within {tolerance:.0%}; nearest: {config.width}")
+    nearest = f"{count(at(best)):,} (width {best})"
+    raise UserError(f"no model.width gives {parameters:,} parameters within {tolerance:.0%}; nearest: {nearest}")
+
+
+def _valid(config: ModelConfig) -> bool:
+    try:
+        abstract(config)
+    except UserError:
+        return False
+    return True

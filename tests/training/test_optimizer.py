@@ -1,5 +1,6 @@
 """Schedules and optimizers, against their formulas."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -26,9 +27,10 @@ class Parameters(nnx.Module):
 
 def test_the_schedules_follow_their_formulas():
     steps, peak = 100, 2.0
-    config = {"learning_rate": peak, "warmup_fraction": 0.1, "final_fraction": 0.1, "decay_fraction": 0.2}
-    rate = {name: schedule(OptimizerConfig(schedule=name, **config), steps) for name in ("cosine", "wsd", "constant")}
-    for name in rate:
+    base = OptimizerConfig(learning_rate=peak, warmup_fraction=0.1, final_fraction=0.1, decay_fraction=0.2)
+    names = ("cosine", "wsd", "constant")
+    rate: dict[str, Any] = {name: schedule(dataclasses.replace(base, schedule=name), steps) for name in names}
+    for name in names:
         np.testing.assert_allclose([rate[name](t) for t in (0, 4, 9)], [0.2, 1.0, 2.0], rtol=1e-6)
     for t in (10, 37, 80, 99, 100):
         cosine = peak * (0.1 + 0.9 * (1 + np.cos(np.pi * (t - 10) / 90)) / 2)
@@ -39,7 +41,7 @@ def test_the_schedules_follow_their_formulas():
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon"])
 def test_only_what_says_so_decays_and_the_multiplier_multiplies(name):
-    params = nnx.state(Parameters())
+    params: Any = nnx.state(Parameters())
     config = OptimizerConfig(
         name=name, learning_rate=0.01, weight_decay=0.5, schedule="constant", warmup_fraction=0, clip_norm=1e9
     )
@@ -74,7 +76,7 @@ def test_muon_orthogonalises_each_layer_of_a_matrix():
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon"])
 def test_every_optimizer_descends(name):
-    params = nnx.state(Parameters())
+    params: Any = nnx.state(Parameters())
     config = OptimizerConfig(name=name, learning_rate=0.02, weight_decay=0.0, schedule="constant")
     optimizer = make_optimizer(config, 150, params)
 
