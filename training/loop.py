@@ -128,15 +128,16 @@ def train(
             checkpoints.save(state, data, progress, None if result is None else result.bits_per_byte)
 
         with reporter.task(experiment.name, last, "steps", begin) as task:
-            number, late, result = begin, None, None
-            while number < last and stop.signal is None:
+            number, late, result, stopping = begin, None, None, False
+            while number < last and not stopping:
                 state, metrics = compiled(state, sharding.put_batch(next(data), mesh))
                 number += 1
 
                 # Metrics are fetched one step late, so that the devices never wait for the host, except where
                 # training pauses anyway.
+                stopping = stop.signal is not None
                 validates, saves = number % config.eval_every == 0, number % config.checkpoint_every == 0
-                pauses = validates or saves or number == last or stop.signal is not None
+                pauses = validates or saves or number == last or stopping
                 due = [(number - 1, late)] if late is not None else []
                 late = metrics
                 if pauses:

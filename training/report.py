@@ -305,7 +305,7 @@ def summary_table(plan: dict, records: Sequence[dict]) -> rich.table.Table:
     for c in shown:
         head = table.head[c].replace(" tokens", "\ntokens").replace(" at", "\nat")
         left = table.head[c] in ("architecture", "bits per byte")
-        summary.add_column(head, justify="left" if left else "right", vertical="bottom", no_wrap=True)
+        summary.add_column(head, justify="left" if left else "right", vertical="bottom")
     for r, row in enumerate(table.rows):
         summary.add_row(*(Text(row[c], "bold green" if (r, c) in table.best else "") for c in shown))
     summary.add_section()

@@ -295,7 +295,8 @@ def test_html_is_self_contained(folder):
     text = (folder / "report.html").read_text()
     assert not re.search(r"url\(|@import", text)
     assert not re.search(r"https?://(?!evil\.example)", text)
-    assert "default-src 'none'" in text
+    policy = next(attributes["content"] for _, attributes in page.tags if "http-equiv" in attributes)
+    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def test_hostile_sample_is_shown_and_does_nothing(folder):
@@ -352,10 +353,10 @@ def test_markdown_tables_are_rectangular_and_pictures_exist(folder):
 
 
 def test_html_table_has_the_cells_and_the_marks():
-    table = Table(("name", "x < y"), [("a&b", "1"), ("c", "2")], frozenset({(1, 1)}))
+    table = Table(("name", "x < y"), [("a&b", "1"), ("c", "2")], frozenset({(0, 1)}))
     text = to_html([report.Heading("t", 1), table])
-    assert '<th scope="row">a&amp;b</th><td>1</td>' in text
-    assert '<th scope="row">c</th><td class="best">2</td>' in text
+    assert '<th scope="row">a&amp;b</th><td class="best">1</td>' in text
+    assert '<th scope="row">c</th><td>2</td>' in text
     assert '<th scope="col">x &lt; y</th>' in text
 
 
@@ -385,7 +386,7 @@ def test_every_figure_draws_every_architecture_and_no_other():
         plots.state(results.speeds, names),
     ):
         seen = drawn(png)
-        assert all(seen.get(colour, 0) > 20 for colour in colours.values())
+        assert all(seen.get(colour, 0) > 150 for colour in colours.values())
         assert other not in seen
 
 
