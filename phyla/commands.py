@@ -92,6 +92,8 @@ class Compare:
     """Instead of tokens: minutes of training for all runs together, on this machine."""
     out: Path | None = None
     """Folder of the report and the runs; None: runs/compare, with the names if any were given."""
+    json: Path | None = None
+    """Where all figures go as JSON; None: only results.jsonl in the folder."""
 
 
 def compare(arguments: Sequence[str]) -> None:
@@ -108,6 +110,7 @@ def compare(arguments: Sequence[str]) -> None:
         seeds=options.seeds,
         tokens=options.tokens,
         budget_minutes=options.budget_minutes,
+        json=options.json,
     )
 
 

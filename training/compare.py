@@ -12,9 +12,9 @@ Each piece is made once: an interrupted comparison continues where it was.
 import dataclasses
 import datetime
 import importlib.metadata
-import json
 import sys
 from collections.abc import Callable, Sequence
+from json import dumps, loads
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ from phyla.training import run, sharding
 from phyla.training.baselines import baselines
 from phyla.training.config import Experiment
 from phyla.training.data.sources import documents
-from phyla.training.data.tokenizers import encode_document, make_tokenizer
-from phyla.training.generate import Sampling, generate
+from phyla.training.data.tokenizers import encode_prompt, make_tokenizer
+from phyla.training.generate import Sampling, generate, until_end
 from phyla.training.log import read
 from phyla.training.loop import train
 from phyla.training.machine import description
@@ -52,6 +52,7 @@ def compare(
     seeds: int,
     tokens: int | None,
     budget_minutes: float | None,
+    json: Path | None = None,
 ) -> None:
     """Compares architectures into a folder, or continues what is there.
 
@@ -62,6 +63,7 @@ def compare(
         seeds: runs of each.
         tokens: trained on in each run; None: the first experiment's.
         budget_minutes: instead of `tokens`: minutes of training of the whole comparison on this machine.
+        json: where plan and results also go, as one file.
 
     Raises UserError, before anything is trained, if the experiments or the folder do not fit.
     """
@@ -76,7 +78,7 @@ def compare(
     path = out / "plan.json"
     with Reporter() as reporter:
         if path.exists():
-            plan = json.loads(path.read_text())
+            plan = loads(path.read_text())
             _check_same(plan, experiments, asked, out)
         else:
             if out.is_dir() and any(child.name != "calibration" for child in out.iterdir()):
@@ -98,6 +100,8 @@ def compare(
                 write_results(out)
             task.update(len(jobs), "done")
     plan, records = read_results(out)
+    if json is not None:
+        run.write_json(json, {"plan": plan, "results": records})
     console = Console()
     console.print(summary_table(plan, records))
     console.print(f"{out / 'report.html'}", highlight=False, soft_wrap=True)
@@ -105,10 +109,10 @@ def compare(
 
 def read_results(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The plan, and a record for each figure that exists so far."""
-    plan = json.loads((out / "plan.json").read_text())
+    plan = loads((out / "plan.json").read_text())
     records: list[dict[str, Any]] = []
     if (out / "baselines.json").exists():
-        found = json.loads((out / "baselines.json").read_text())
+        found = loads((out / "baselines.json").read_text())
         records += [{"kind": "baseline", "name": name, "bits_per_byte": bits} for name, bits in found.items()]
     for name in plan["architectures"]:
         for seed in range(plan["seeds"]):
@@ -117,7 +121,7 @@ def read_results(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
                 records.append(_run_record(folder, name, seed))
         speed = out / f"{name}-seed0" / "speed.json"
         if speed.exists():
-            records.append({"kind": "speed", "name": name, **json.loads(speed.read_text())})
+            records.append({"kind": "speed", "name": name, **loads(speed.read_text())})
     return plan, records
 
 
@@ -125,33 +129,30 @@ def write_results(out: Path) -> None:
     """results.jsonl and the report, from what exists so far."""
     plan, records = read_results(out)
     temporary = out / "results.jsonl.tmp"
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
+    temporary.write_text("".join(dumps(record) + "\n" for record in records))
     temporary.replace(out / "results.jsonl")
     write_report(out, plan, records)
 
 
 def _run_record(folder: Path, name: str, seed: int) -> dict[str, Any]:
     model = run.read_experiment(folder).model
+    validations = [line for line in read(folder) if "validation_bits_per_byte" in line]
+    glances = [line for line in validations if not line["whole_text"]]
     curve = [
-        {
-            "step": line["step"],
-            "tokens": line["tokens"],
-            "seconds": line["seconds"],
-            "bits_per_byte": line["validation_bits_per_byte"],
-        }
-        for line in read(folder)
-        if not line.get("whole_text", True)
+        {name: line[name] for name in ("step", "tokens", "seconds")}
+        | {"bits_per_byte": line["validation_bits_per_byte"]}
+        for line in glances or validations  # points on the same text
     ]
     sample = folder / "sample.json"
     return {
         "kind": "run",
-        **json.loads((folder / "summary.json").read_text()),
+        **loads((folder / "summary.json").read_text()),
         "name": name,
         "seed": seed,
         "width": model.width,
         "layers": model.layers,
         "curve": curve,
-        **(json.loads(sample.read_text()) if sample.exists() else {}),
+        **(loads(sample.read_text()) if sample.exists() else {}),
     }
 
 
@@ -246,8 +247,9 @@ def _measure(experiment: Experiment, out: Path) -> None:
     if (folder / "speed.json").exists():
         return
     saved = load(folder)
-    prompt = encode_document(saved.tokenizer, PROMPT)
+    prompt = encode_prompt(saved.tokenizer, PROMPT)
     sampling = Sampling(temperature=0.8)
     tokens = generate(saved.graphdef, saved.params, [prompt], max_tokens=SAMPLE_TOKENS, sampling=sampling)[0]
-    run.write_json(folder / "sample.json", {"prompt": PROMPT, "sample": saved.tokenizer.decode(tokens)})
+    text = saved.tokenizer.decode(until_end(tokens, saved.tokenizer.eos_id))
+    run.write_json(folder / "sample.json", {"prompt": PROMPT, "sample": text})
     run.write_json(folder / "speed.json", measure(saved))

@@ -15,7 +15,7 @@ from rich.rule import Rule
 from phyla.models.errors import UserError
 from phyla.models.language_model import LanguageModel, ModelState
 from phyla.training import run
-from phyla.training.data.tokenizers import encode_document
+from phyla.training.data.tokenizers import encode_prompt
 from phyla.training.progress import Reporter
 from phyla.training.saved import load
 
@@ -159,6 +159,12 @@ def generate(
     return list(drawn)
 
 
+def until_end(tokens: np.ndarray, eos_id: int) -> np.ndarray:
+    """The tokens before the first end of a document."""
+    ends = np.flatnonzero(tokens == eos_id)
+    return tokens[: ends[0]] if len(ends) else tokens
+
+
 def generate_run(
     folder: Path,
     prompts: Sequence[str],
@@ -184,16 +190,16 @@ def generate_run(
     if "" in stop:
         raise UserError("stop must not be empty")
     saved = load(folder)
-    encoded = [encode_document(saved.tokenizer, prompt) for prompt in prompts]
+    encoded = [encode_prompt(saved.tokenizer, prompt) for prompt in prompts]
     positions = saved.experiment.model.learned_positions
     if positions and max(map(len, encoded)) + max_tokens > positions:
         raise UserError(f"prompt and max-tokens together must not exceed model.learned_positions {positions}")
 
     def text(tokens: np.ndarray) -> tuple[str, bool]:
-        ends = np.flatnonzero(tokens == saved.tokenizer.eos_id)
-        full = saved.tokenizer.decode(tokens[: ends[0]] if len(ends) else tokens)
+        document = until_end(tokens, saved.tokenizer.eos_id)
+        full = saved.tokenizer.decode(document)
         cut = min((full.index(s) for s in stop if s in full), default=len(full))
-        return full[:cut], len(ends) > 0 or cut < len(full)
+        return full[:cut], len(document) < len(tokens) or cut < len(full)
 
     with Reporter() as reporter, reporter.task("generate", max_tokens, "tokens") as task:
         drawn = generate(

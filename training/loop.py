@@ -86,6 +86,7 @@ def train(
     with (
         contextlib.nullcontext(reporter) if reporter else Reporter() as reporter,
         Checkpoints(folder, config.keep) as checkpoints,
+        reporter.task(experiment.name, last, "steps") as task,
         stop_requests() as stop,
     ):
         begin = checkpoints.latest() or 0
@@ -99,6 +100,7 @@ def train(
             state, progress = jax.jit(init, out_shardings=layout)(), {"tokens": 0, "seconds": 0.0}
 
         # One step, compiled once; the old state's memory becomes the new one's.
+        task.update(begin, "compiling")
         step = make_step(graphdef, objective, optimizer, config)
         batch = sharding.abstract_batch(config.batch_size, experiment.data.sequence_length + 1, mesh)
         whole = NamedSharding(mesh, PartitionSpec())
@@ -127,42 +129,44 @@ def train(
             progress = {"tokens": log.tokens, "seconds": log.seconds}
             checkpoints.save(state, data, progress, None if result is None else result.bits_per_byte)
 
-        with reporter.task(experiment.name, last, "steps", begin) as task:
-            number, late, result, stopping = begin, None, None, False
-            while number < last and not stopping:
-                state, metrics = compiled(state, sharding.put_batch(next(data), mesh))
-                number += 1
+        number, late, result, stopping = begin, None, None, False
+        while number < last and not stopping:
+            state, metrics = compiled(state, sharding.put_batch(next(data), mesh))
+            number += 1
 
-                # Metrics are fetched one step late, so that the devices never wait for the host, except where
-                # training pauses anyway.
-                stopping = stop.signal is not None
-                validates, saves = number % config.eval_every == 0, number % config.checkpoint_every == 0
-                pauses = validates or saves or number == last or stopping
-                due = [(number - 1, late)] if late is not None else []
-                late = metrics
-                if pauses:
-                    due.append((number, metrics))
-                    late = None
-                for then, on_device in due:
-                    found: Metrics = jax.device_get(on_device)
-                    log.count(found)
-                    if found.skipped_in_a_row >= config.max_skipped:
-                        raise Diverged(_diverged(found, then, folder))
-                    if then % config.log_every == 0 or then == last:
-                        line = log.train(then, found)
-                        task.update(then, f"loss {line['loss']:.3f} · {line['tokens_per_second']:,.0f} tokens/s")
+            # Metrics are fetched one step late, so that the devices never wait for the host, except where
+            # training pauses anyway.
+            stopping = stop.signal is not None
+            if stopping:
+                task.update(number, "stopping: saves first")
+            validates, saves = number % config.eval_every == 0, number % config.checkpoint_every == 0
+            validates &= number < config.steps or glance is not validation  # the whole text is read at the end
+            pauses = validates or saves or number == last or stopping
+            due = [(number - 1, late)] if late is not None else []
+            late = metrics
+            if pauses:
+                due.append((number, metrics))
+                late = None
+            for then, on_device in due:
+                found: Metrics = jax.device_get(on_device)
+                log.count(found)
+                if found.skipped_in_a_row >= config.max_skipped:
+                    raise Diverged(_diverged(found, then, folder))
+                if then % config.log_every == 0 or then == last:
+                    line = log.train(then, found)
+                    task.update(then, f"loss {line['loss']:.3f} · {line['tokens_per_second']:,.0f} tokens/s")
 
-                if pauses:
-                    with log.paused():
-                        result = validate(number, glance) if validates else None
-                        if number < config.steps:
-                            save(result)
-
-            if number == config.steps:
+            if pauses:
                 with log.paused():
-                    result = validate(number, validation)
-                    if number > begin:
+                    result = validate(number, glance) if validates else None
+                    if number < config.steps:
                         save(result)
+
+        if number == config.steps:
+            with log.paused():
+                result = validate(number, validation)
+                if number > begin:
+                    save(result)
 
     if stop.signal == signal.SIGINT:
         raise KeyboardInterrupt

@@ -38,21 +38,22 @@ class Reporter:
         """A line that stays."""
         self.console.print(text, markup=False, soft_wrap=True)
 
-    def task(self, name: str, total: int, unit: str, done: int = 0) -> "Task":
+    def task(self, name: str, total: int, unit: str) -> "Task":
         """Begins to report on a task."""
-        return Task(self, name, total, unit, done)
+        return Task(self, name, total, unit)
 
 
 class Task:
     """One bar, or the lines in its place. A context."""
 
-    def __init__(self, reporter: Reporter, name: str, total: int, unit: str, done: int):
+    def __init__(self, reporter: Reporter, name: str, total: int, unit: str):
         self._reporter, self._name, self._total, self._unit = reporter, name, total, unit
-        self._began, self._first, self._said = time.monotonic(), done, 0.0
+        self._began: tuple[float, int] | None = None  # when the first report came, and what was done by then
+        self._said = -SECONDS_BETWEEN_LINES
         bars = reporter._bars
         self._bar = None
         if bars is not None:
-            self._bar = bars.add_task(name, total=total, completed=done, unit=unit, status="")
+            self._bar = bars.add_task(name, total=total, unit=unit, status="")
 
     def __enter__(self) -> "Task":
         return self
@@ -67,9 +68,10 @@ class Task:
             self._reporter._bars.update(self._bar, completed=done, status=status)
             return
         now = time.monotonic()
+        began, first = self._began = self._began or (now, done)
         if now - self._said < SECONDS_BETWEEN_LINES and done < self._total:
             return
         self._said = now
-        rate = (done - self._first) / max(now - self._began, 1e-9)
+        rate = (done - first) / max(now - began, 1e-9)
         left = f" · ETA {(self._total - done) / rate:,.0f} s" if rate > 0 and done < self._total else ""
         self._reporter.note(f"{self._name} {done:,}/{self._total:,} {self._unit}{left}{status and f' · {status}'}")

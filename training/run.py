@@ -23,9 +23,14 @@ from phyla.training.config import Experiment
 PACKAGES = ("phyla", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "datasets", "tokenizers", "numpy")
 
 
+def identity(experiment: dict) -> dict[str, Any]:
+    """What makes a run the run it is, by dotted names: everything but the mesh, which says where it is computed."""
+    return flatten({name: value for name, value in experiment.items() if name != "mesh"})
+
+
 def config_hash(experiment: Experiment) -> str:
-    """Twelve hexadecimal digits that change with any field."""
-    text = json.dumps(to_json(experiment), sort_keys=True)
+    """Twelve hexadecimal digits that change with any field but the mesh."""
+    text = json.dumps(identity(to_json(experiment)), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -53,21 +58,20 @@ def git_sha() -> str | None:
 
 
 def create(folder: Path, experiment: Experiment, fingerprint: dict) -> None:
-    """Writes config.json, or checks that the one there says the same.
+    """Writes config.json; if there is one, it must be of the same experiment, on whatever mesh.
 
     Raises UserError, naming the first field that differs, if the folder holds another experiment.
     """
     path = folder / "config.json"
     if path.exists():
-        before = flatten(json.loads(path.read_text())["experiment"])
-        now = flatten(to_json(experiment))
+        before = identity(json.loads(path.read_text())["experiment"])
+        now = identity(to_json(experiment))
         for name in sorted(before.keys() | now.keys()):
             if before.get(name) != now.get(name):
                 raise UserError(
                     f"{folder} holds a run with {name} = {before.get(name)}, not {now.get(name)}; choose another --out"
                 )
-        return
-    if folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no run; choose another --out")
     record = {
         "experiment": to_json(experiment),

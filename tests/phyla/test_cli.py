@@ -150,3 +150,19 @@ print(json.dumps([time.perf_counter() - start, [m for m in ("jax", "tyro", "nump
 def test_use_all_cores(environment, devices):
     code = "from phyla.commands import use_all_cores; use_all_cores(6); import jax; print(jax.device_count('cpu'))"
     assert python(code, **environment) == str(devices)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="GLIBC_TUNABLES is glibc's")
+@pytest.mark.parametrize("chosen", [None, "glibc.malloc.hugetlb=0"])
+def test_the_process_gets_huge_pages_unless_the_user_decides(chosen, tmp_path):
+    """The command replaces its process with itself, once, and keeps its arguments."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\nprint(os.environ.get('GLIBC_TUNABLES'), sys.orig_argv[-2:], flush=True)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    environment |= {"PYTHONPATH": str(tmp_path)} | ({"GLIBC_TUNABLES": chosen} if chosen else {})
+    command = [sys.executable, "-m", "phyla", "train", "transformr"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    settings = [None, "glibc.malloc.hugetlb=1"] if chosen is None else [chosen]
+    assert done.stdout.splitlines() == [f"{each} ['train', 'transformr']" for each in settings]

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phyla.training.data.config import DataConfig
-from phyla.training.data.pipeline import RowPacker, prepare, train_iterator, validation_batches
+from phyla.training.data.pipeline import RowPacker, prepare, train_iterator
 from phyla.training.data.tokenizers import ByteTokenizer, train_bpe
 
 TEXTS = [f"{'Ça va? ' * (i % 5)}document {i}, 日本語 and the rest of it.\n" for i in range(60)]
@@ -27,7 +27,8 @@ def config(request, tmp_path, monkeypatch):
     monkeypatch.setattr(config, "HF_HUB_OFFLINE", True)
     (tmp_path / "set").mkdir()
     for k in range(2):
-        lines = [json.dumps({"text": text}) + "\n" for text in TEXTS[30 * k : 30 * k + 30]]
+        # the empty document has nothing to predict
+        lines = [json.dumps({"text": text}) + "\n" for text in [*TEXTS[30 * k : 30 * k + 30], ""]]
         (tmp_path / "set" / f"{k}.jsonl").write_text("".join(lines))
     (tmp_path / "held.txt").write_text("".join(TEXTS))
     return DataConfig(
@@ -99,21 +100,25 @@ def test_prepare_counts_tokens_and_bytes(tmp_path):
 
 
 def pairs_of(tokenizer, text):
-    ids = [tokenizer.bos_id, *tokenizer.encode(text).tolist()]
+    ids = [tokenizer.bos_id, *tokenizer.encode(text).tolist(), tokenizer.eos_id]
     return list(itertools.pairwise(ids))
 
 
-@pytest.mark.parametrize("max_tokens", [1, 5, 16, 17, 100, 101, 10**6])
+# the last token of the first document, its EOS, and the first token of the next document
+BORDERS = [len(tokenizer.encode(TEXTS[0])) + i for tokenizer in (BYTES, BPE) for i in range(3)]
+
+
+@pytest.mark.parametrize("max_tokens", [1, 5, 16, 17, 100, 101, *BORDERS, 10**6])
 def test_a_truncated_split_knows_its_bytes(tmp_path, max_tokens):
     config = write(tmp_path, TEXTS, sequence_length=16)
     for tokenizer in (BYTES, BPE):
         whole = [pair for text in TEXTS for pair in pairs_of(tokenizer, text)]
-        batches, packed = validation_batches(config, tokenizer, batch_size=4, max_tokens=max_tokens)
-        covered = [pair for batch in batches for pair in predictions(batch["tokens"], batch["segment_ids"])]
+        packed = prepare(config, tokenizer, "validation", max_tokens)
+        covered = [pair for batch in packed.batches(4) for pair in predictions(batch["tokens"], batch["segment_ids"])]
         assert covered == whole[:max_tokens]
         assert packed.num_tokens == len(covered)
         if tokenizer is BYTES:
-            assert packed.num_bytes == len(covered)
+            assert packed.num_bytes == sum(target < 256 for _, target in covered)
         else:  # the rest of the text makes up the rest of the bytes, wherever a character is cut
             rest = sum(tokenizer.count_bytes(np.asarray([target])) for _, target in whole[max_tokens:])
             assert packed.num_bytes == sum(len(text.encode()) for text in TEXTS) - rest
@@ -122,7 +127,8 @@ def test_a_truncated_split_knows_its_bytes(tmp_path, max_tokens):
 
 def test_the_last_validation_batch_is_filled_up(tmp_path):
     config = write(tmp_path, TEXTS, sequence_length=20)
-    batches, packed = validation_batches(config, BYTES, batch_size=50)
+    packed = prepare(config, BYTES, "validation")
+    batches = list(packed.batches(50))
     assert len(packed.tokens) % 50
     assert {batch["tokens"].shape for batch in batches} == {(50, 21)}
     joined = np.concatenate([batch["tokens"] for batch in batches])
@@ -130,7 +136,7 @@ def test_the_last_validation_batch_is_filled_up(tmp_path):
     assert np.array_equal(joined[: len(packed.tokens)], packed.tokens)
     assert np.array_equal(segment_ids[: len(packed.tokens)], packed.segment_ids)
     assert not segment_ids[len(packed.tokens) :].any()
-    shards = [validation_batches(config, BYTES, batch_size=50, process_index=p, process_count=5)[0] for p in range(5)]
+    shards = [packed.batches(50, process_index, 5) for process_index in range(5)]
     assert same([stack(parts) for parts in zip(*shards, strict=True)], batches)
 
 
@@ -139,12 +145,12 @@ def stack(parts):
 
 
 def test_too_little_text_is_refused(tmp_path, config):
-    for texts, count in (["short"], 6), (["", ""], 0):
+    for texts, count in (["short"], 7), (["", ""], 0):
         with pytest.raises(
             ValueError,
             match=rf"data\.sequence_length \+ 1 = 513 tokens make a row, the validation text has only {count}$",
         ):
-            validation_batches(write(tmp_path, texts), BYTES, batch_size=1)
+            prepare(write(tmp_path, texts), BYTES, "validation")
         source = DataConfig(source=f"{tmp_path}/a.jsonl", validation="austen", streaming=config.streaming)
         with pytest.raises(ValueError, match=rf"the train text has only {count}$"):
             train_iterator(source, BYTES, batch_size=1, seed=0)

@@ -13,6 +13,7 @@ from phyla.training.data.tokenizers import (
     ByteTokenizer,
     check_match,
     encode_document,
+    encode_prompt,
     load_tokenizer,
     make_tokenizer,
     train_bpe,
@@ -53,17 +54,18 @@ def test_any_bytes_come_back(raw):
 @given(texts=st.lists(any_text, max_size=3))
 def test_any_text_comes_back(tokenizer, texts):
     for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-        document = encode_document(tokenizer, text)
-        assert document.dtype == np.int32
-        assert list(document) == [tokenizer.bos_id, *ids]
+        document, prompt = encode_document(tokenizer, text), encode_prompt(tokenizer, text)
+        assert document.dtype == prompt.dtype == np.int32
+        assert list(document) == [tokenizer.bos_id, *ids, tokenizer.eos_id]
+        assert list(prompt) == [tokenizer.bos_id, *ids]
         assert list(ids) == list(tokenizer.encode(text))
-        assert tokenizer.bos_id not in ids
+        assert not {tokenizer.bos_id, tokenizer.eos_id} & set(ids.tolist())
         assert all(0 <= i < tokenizer.vocab_size for i in document)
         assert tokenizer.decode(ids) == tokenizer.decode(document) == text
-        # byte counts add up whereever the ids are cut, and the BOS counts nothing
+        # byte counts add up wherever the ids are cut, and BOS and EOS count nothing
         counts = [tokenizer.count_bytes(document[i : i + 1]) for i in range(len(document))]
-        assert counts[0] == 0
-        assert all(counts[1:])
+        assert counts[0] == counts[-1] == 0
+        assert all(counts[1:-1])
         assert sum(counts) == tokenizer.count_bytes(document) == len(text.encode())
 
 
@@ -85,8 +87,10 @@ def test_what_the_post_processor_adds_is_added_once(tmp_path):
     )
     tokenizer = from_file(core, tmp_path)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (4, 5, 7)
-    assert list(encode_document(tokenizer, "a b c")) == [4, 1, 2, 3]
-    assert list(encode_document(tokenizer, "")) == [4]
+    assert list(encode_document(tokenizer, "a b c")) == [4, 1, 2, 3, 5]
+    assert list(encode_document(tokenizer, "")) == [4, 5]
+    assert list(encode_prompt(tokenizer, "a b c")) == [4, 1, 2, 3]
+    assert list(encode_prompt(tokenizer, "")) == [4]
     assert [list(ids) for ids in tokenizer.encode_batch(["a b c", ""])] == [[1, 2, 3], []]
     # the name of a special token in a document is text
     assert 4 not in tokenizer.encode("<s> a")
@@ -111,7 +115,7 @@ def test_tokens_without_a_post_processor(tmp_path, specials, said, expected):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
     tokenizer = from_file(word_level(specials), tmp_path)
     assert (tokenizer.bos_id, tokenizer.eos_id) == expected
-    assert list(encode_document(tokenizer, "a b")) == [expected[0], 1, 2]
+    assert list(encode_document(tokenizer, "a b")) == [expected[0], 1, 2, expected[1]]
     # a run holds the tokens without the file that named them
     tokenizer.save(tmp_path / "run")
     loaded = load_tokenizer(tmp_path / "run")

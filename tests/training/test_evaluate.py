@@ -1,4 +1,4 @@
-"""Evaluation: every byte predicted once, the same figure for any batch size and on any mesh."""
+"""Evaluation: every byte and the end predicted once, the same figure for any batch size and on any mesh."""
 
 import dataclasses
 import json
@@ -28,18 +28,19 @@ def run(experiment, tmp_path):
 def test_the_figure_is_that_of_a_plain_computation(run, experiment):
     saved = load(run)
     text = (run.parent / "validation.txt").read_bytes()
-    tokens = [256, *text]
+    tokens = [256, *text, 256]
     total, T = 0.0, experiment.data.sequence_length
     model = saved.model()
-    for begin in range(0, len(text), T):  # each byte once, with the context of its row
+    for begin in range(0, len(text) + 1, T):  # each byte and the end once, with the context of their row
         row = jnp.asarray([tokens[begin : begin + T + 1]])
         log_p = jax.nn.log_softmax(model.logits(model(row[:, :-1])[0]))
         total -= float(jnp.take_along_axis(log_p, row[:, 1:, None], -1).sum())
     result = evaluate_run(run)
-    assert result.tokens == len(text)
+    assert result.tokens == len(text) + 1
     np.testing.assert_allclose(result.bits_per_byte, total / math.log(2) / len(text), rtol=1e-5)
-    np.testing.assert_allclose(result.nats_per_token, total / len(text), rtol=1e-5)
-    assert json.loads((run / "evaluation.json").read_text())["bits_per_byte"] == result.bits_per_byte
+    np.testing.assert_allclose(result.nats_per_token, total / (len(text) + 1), rtol=1e-5)
+    record = json.loads((run / "evaluation.json").read_text())
+    assert (record["bits_per_byte"], record["bytes"]) == (result.bits_per_byte, len(text))
 
 
 def test_batch_size_and_mesh_change_nothing(run, experiment):

@@ -142,14 +142,13 @@ def test_a_checkpoint_restores_on_another_mesh(experiment, tmp_path):
     folder = tmp_path / "run"
     before = dataclasses.replace(experiment, mesh=MeshConfig(data=2, fsdp=4))
     train(before, folder, max_steps=10)
-    # The mesh is part of the experiment: the run is moved on purpose, as on a new machine.
     after = dataclasses.replace(experiment, mesh=MeshConfig(data=8))
-    record = json.loads((folder / "config.json").read_text())
-    run.write_json(folder / "config.json", record | {"experiment": to_json(run.with_vocabulary(after, 257))})
+    assert run.config_hash(before) == run.config_hash(after)
     train(after, folder, max_steps=20)
     train(experiment, tmp_path / "one", max_steps=20)
     a, b = (log.read(path)[-1]["validation_bits_per_byte"] for path in (folder, tmp_path / "one"))
     np.testing.assert_allclose(a, b, rtol=1e-4)
+    assert run.read_experiment(folder).mesh == after.mesh
 
 
 def test_the_latest_and_the_best_checkpoints_are_kept(experiment, tmp_path):
@@ -173,6 +172,21 @@ def test_the_run_directory_says_what_was_run(experiment, tmp_path):
     assert record["tokenizer"]["vocab_size"] == 257
     assert "git" in record
     assert run.read_experiment(tmp_path / "run") == run.with_vocabulary(experiment, 257)
+
+
+def test_a_trained_tokenizer_and_tensorboard_belong_to_the_run(experiment, tmp_path):
+    data = dataclasses.replace(experiment.data, tokenizer="bpe:280")
+    experiment = dataclasses.replace(
+        experiment, data=data, loop=dataclasses.replace(experiment.loop, tensorboard=True, steps=10)
+    )
+    summary = train(experiment, tmp_path / "run")
+    assert summary is not None
+    assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
+    saved = load(tmp_path / "run")
+    assert saved.tokenizer.decode(saved.tokenizer.encode("the quick brown fox")) == "the quick brown fox"
+    assert saved.experiment.model.vocab_size == saved.tokenizer.vocab_size == 280
+    # Nats are per token and bits per byte of text: a token is several bytes.
+    assert summary["bits_per_byte"] < summary["nats_per_token"] / np.log(2)
 
 
 def test_another_experiment_in_the_same_folder_is_refused(experiment, tmp_path):

@@ -1,12 +1,14 @@
 """Documents to batches: encoding, packing into rows, order, position.
 
-A row is `sequence_length + 1` ids and their segment ids: 1, 2, ... per document in the row, 0 for padding. The inputs
-are row[:-1] and the targets row[1:]; a target counts where its segment is that of its input and is not 0. A document
-that goes on in the next row repeats its last id there, so every id of every document but its BOS is a target that
-counts exactly once.
+A document is BOS, its text and EOS; one without text is left out. A row is `sequence_length + 1` ids and their segment
+ids: 1, 2, ... per document in the row, 0 for padding. The inputs are row[:-1] and the targets row[1:]; a target counts
+where its segment is that of its input and is not 0. A document that goes on in the next row repeats its last id there,
+so every id of every document but its BOS is a target that counts exactly once. The EOS counts as a target and spells 0
+bytes.
 """
 
 import itertools
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +20,7 @@ from grain.experimental import WindowShuffleIterDataset
 from phyla.models.errors import UserError
 from phyla.training.data.config import DataConfig
 from phyla.training.data.sources import Position, Split, documents, stream
-from phyla.training.data.tokenizers import Tokenizer, encode_document
+from phyla.training.data.tokenizers import Tokenizer, as_document, encode_document
 
 Batch = dict[str, np.ndarray]
 """{"tokens": int32 [B, T+1], "segment_ids": int32 [B, T+1]}"""
@@ -36,7 +38,7 @@ class Packed:
     Attributes:
         tokens: int32 [R, T+1].
         segment_ids: int32 [R, T+1], 1, 2, ... per document in the row, 0 for padding.
-        num_tokens: targets that count, in all rows.
+        num_tokens: targets that count, in all rows; the EOS of every document is one.
         num_bytes: UTF-8 bytes of the text that those targets spell, so that
             bits per byte = total nats / ln 2 / num_bytes.
     """
@@ -73,7 +75,8 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, split: Split, max_tokens: 
         config: what to read and how long the rows are.
         tokenizer: see `make_tokenizer`.
         split: "train" or "validation".
-        max_tokens: stop after this many counted targets (no more documents are read than that takes).
+        max_tokens: stop after this many counted targets (no more documents are read than that takes). The bytes
+            that they spell are exact for bytes and byte-level vocabularies.
 
     Raises:
         UserError: the split does not fill one row, or its documents cannot be read.
@@ -156,27 +159,6 @@ def train_iterator(
     return iter(order.map(gather).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
 
-def validation_batches(
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    *,
-    batch_size: int,
-    max_tokens: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> tuple[list[Batch], Packed]:
-    """Return the batches of one process over the validation split, and the split itself with its exact counts.
-
-    The last batch is filled up with rows of segment 0, whose targets do not count. With `max_tokens` only that many
-    targets, from the beginning, and the bytes that they spell: exact for bytes and byte-level vocabularies.
-
-    Raises:
-        UserError: as `prepare` and `Packed.batches`.
-    """
-    packed = prepare(config, tokenizer, "validation", max_tokens)
-    return list(packed.batches(batch_size, process_index, process_count)), packed
-
-
 class RowPacker(Iterator[Batch]):
     """Rows, one at a time, from encoded documents; the last row is filled up with segment 0.
 
@@ -235,54 +217,39 @@ class _RowStreamIterator(grain.DatasetIterator[Batch]):
         return next(self._rows)
 
     def get_state(self) -> dict[str, Any]:
-        return {"position": self._current.position, "done": self._current.length - len(self._rows.rest)}
+        return {"position": self._position, "done": self._length - len(self._rows.rest)}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._current = _Document(position=state["position"], length=0)
-        documents = _repeat(self._config, self._tokenizer, self._current)
+        self._position: Position = state["position"]
+        self._length = 0
+        documents = self._repeat(self._position)
         rest = next(documents)[state["done"] :] if state["done"] else None
         self._rows = RowPacker(documents, self._config.sequence_length + 1, rest)
 
-
-@dataclass
-class _Document:
-    """Where the current document begins in its source, and how many ids it has."""
-
-    position: Position
-    length: int
-
-
-def _repeat(config: DataConfig, tokenizer: Tokenizer, current: _Document) -> Iterator[np.ndarray]:
-    """Yield the ids of the training documents from `current.position` on, over and over, and keep `current` up."""
-    position = current.position
-    while True:
-        for text, after in stream(config, "train", position):
-            ids = encode_document(tokenizer, text)
-            if len(ids) > 1:
-                current.position, current.length = position, len(ids)
-                yield ids
-            position = after
-        position = None
+    def _repeat(self, position: Position) -> Iterator[np.ndarray]:
+        """Yield the ids of the training documents from `position` on, over and over, and keep the state up."""
+        while True:
+            for text, after in stream(self._config, "train", position):
+                ids = encode_document(self._tokenizer, text)
+                if len(ids) > 2:  # more than BOS and EOS
+                    self._position, self._length = position, len(ids)
+                    yield ids
+                position = after
+            position = None
 
 
 def _encode(texts: Iterable[str], tokenizer: Tokenizer, max_tokens: int | None) -> Iterator[tuple[np.ndarray, int]]:
-    """Yield (ids with their BOS, UTF-8 bytes) of every document that has ids, cut off after `max_tokens` ids."""
-    bos = np.asarray([tokenizer.bos_id], np.int32)
-    left = max_tokens
+    """Yield (ids, UTF-8 bytes) of every document that has text, cut off after `max_tokens` targets in all."""
+    left = sys.maxsize if max_tokens is None else max_tokens
     for some in itertools.batched(texts, _ENCODED_TOGETHER if max_tokens is None else 1):
         for text, ids in zip(some, tokenizer.encode_batch(some), strict=True):
-            if left is not None and len(ids) >= left:
-                whole = len(ids) == left
-                yield np.concatenate([bos, ids[:left]]), _size(text) if whole else tokenizer.count_bytes(ids[:left])
+            if not len(ids):
+                continue
+            size = len(text.encode("utf-8")) if len(ids) <= left else tokenizer.count_bytes(ids[:left])
+            yield as_document(tokenizer, ids)[: 1 + left], size
+            left -= len(ids) + 1
+            if left <= 0:
                 return
-            if len(ids):
-                yield np.concatenate([bos, ids]), _size(text)
-            if left is not None:
-                left -= len(ids)
-
-
-def _size(text: str) -> int:
-    return len(text.encode("utf-8"))
 
 
 def _share(batch_size: int, process_index: int, process_count: int) -> slice:

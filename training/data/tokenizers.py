@@ -1,7 +1,8 @@
-"""Text to ids and back, with one policy for the start of a document.
+"""Text to ids and back, with one policy for the ends of a document.
 
-Every document is its text's ids after exactly one `bos_id`. `encode` never adds a special token, and never reads one
-out of the text: "<|endoftext|>" in a document is ordinary characters. `encode_document` adds the one `bos_id`.
+Every document is its text's ids between exactly one `bos_id` and one `eos_id`, so that a model learns to stop; a
+prompt has the `bos_id` only. `encode` never adds a special token, and never reads one out of the text:
+"<|endoftext|>" in a document is ordinary characters.
 """
 
 import hashlib
@@ -44,7 +45,7 @@ class Tokenizer(Protocol):
 
     @property
     def eos_id(self) -> int:
-        """The id at which generation stops; where there is one separator it is `bos_id`."""
+        """The id behind every document, at which generation stops; where there is one separator it is `bos_id`."""
         ...
 
     def encode(self, text: str) -> np.ndarray:
@@ -73,7 +74,7 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """The 256 bytes of UTF-8, and 256 in front of every document. Any bytes come back exactly."""
+    """The 256 bytes of UTF-8, and 256 at both ends of every document. Any bytes come back exactly."""
 
     vocab_size = 257
     bos_id = 256
@@ -114,8 +115,8 @@ class HuggingFaceTokenizer:
     """A tokenizer.json of the tokenizers library, trained here or elsewhere.
 
     `bos_id` and `eos_id` are given (`document_tokens` finds them); the file's own post-processor is never run, so the
-    token in front of a document is neither doubled nor dropped. Truncation and padding that the file asks for are
-    switched off.
+    tokens at the ends of a document are neither doubled nor dropped. Truncation and padding that the file asks for
+    are switched off.
     """
 
     def __init__(self, core: tokenizers.Tokenizer, bos_id: int, eos_id: int):
@@ -146,7 +147,7 @@ class HuggingFaceTokenizer:
         """Return the bytes that ids stand for: exact for a byte-level vocabulary, else those of `decode`."""
         if self._bytes_V is not None:
             return int(self._bytes_V[ids].sum())
-        return len(self.decode(ids).encode("utf-8", errors="replace"))
+        return len(self.decode(ids).encode("utf-8"))
 
     def fingerprint(self) -> dict[str, Any]:
         """Return kind, sha256 of the tokenizer.json, vocab_size, bos and eos."""
@@ -154,15 +155,23 @@ class HuggingFaceTokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and the fingerprint."""
-        fingerprint = self.fingerprint()
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        _write_fingerprint(folder, self.fingerprint())
         Path(folder, TOKENIZER_FILE).write_text(self._core.to_str(), encoding="utf-8")
-        _write_fingerprint(folder, fingerprint)
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """Return the ids of the beginning of a document, int32 [1 + L]: one `bos_id`, then the text."""
+    return np.concatenate([[tokenizer.bos_id], tokenizer.encode(text)], dtype=np.int32)
 
 
 def encode_document(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """Return a document's ids, int32 [1 + L]: one `bos_id`, then the text."""
-    return np.concatenate([np.asarray([tokenizer.bos_id], np.int32), tokenizer.encode(text)])
+    """Return a document's ids, int32 [1 + L + 1]: one `bos_id`, the text, one `eos_id`."""
+    return as_document(tokenizer, tokenizer.encode(text))
+
+
+def as_document(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
+    """Return `encode_document` of the text whose `encode` is `ids`."""
+    return np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]], dtype=np.int32)
 
 
 def make_tokenizer(config: DataConfig) -> Tokenizer:
