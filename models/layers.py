@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from phyla.models.config import ModelConfig
-from phyla.models.weights import Initializer, constant, fan_in, materialize, matmul, normal, parameter
+from phyla.models.weights import Initializer, Weight, constant, fan_in, materialize, matmul, normal, parameter
 
 
 class Linear(nnx.Module):
@@ -20,7 +20,7 @@ class Linear(nnx.Module):
         bias: bool = False,
         init: Initializer | None = None,
     ):
-        self.weight = parameter(init or fan_in(), shape, axes, rngs, weight_decay=True, matrix=True)
+        self.weight: nnx.Param | Weight = parameter(init or fan_in(), shape, axes, rngs, weight_decay=True, matrix=True)
         self.bias = parameter(constant(0.0), shape[1:], axes[1:], rngs) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -33,7 +33,7 @@ class Embedding(nnx.Module):
     """A table of `rows` vectors; `logits` uses it as a head. `weight` (rows, D) is a Param or a `Weight`."""
 
     def __init__(self, rows: int, width: int, rngs: nnx.Rngs, *, axes: tuple[str, str] = ("vocab", "embed")):
-        self.weight = parameter(normal(0.02), (rows, width), axes, rngs, weight_decay=True)
+        self.weight: nnx.Param | Weight = parameter(normal(0.02), (rows, width), axes, rngs, weight_decay=True)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """Integers [...] -> float32 [..., D]."""

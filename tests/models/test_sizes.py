@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import pytest
 from flax import nnx
 from hypothesis import given, settings
@@ -125,4 +125,4 @@ def test_impossible_values_name_the_field(change, message):
 def test_more_tokens_than_learned_positions_are_refused():
     config = ModelConfig(width=8, layers=1, vocab_size=9, pattern=(MAMBA,), learned_positions=4)
     with pytest.raises(UserError, match=r"5 tokens do not fit model\.learned_positions 4"):
-        LanguageModel(config, nnx.Rngs(0))(np.zeros((1, 5), np.int32))
+        LanguageModel(config, nnx.Rngs(0))(jnp.zeros((1, 5), jnp.int32))

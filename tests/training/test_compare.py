@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def experiments(experiment, monkeypatch):
     return [named("attention", attention), named("mamba", mamba)]
 
 
-OPTIONS = {"parameters": 260_000, "seeds": 2, "tokens": None, "budget_minutes": None}
+OPTIONS: dict[str, Any] = {"parameters": 260_000, "seeds": 2, "tokens": None, "budget_minutes": None}
 
 
 def test_a_comparison_from_start_to_end(experiments, tmp_path, monkeypatch):
@@ -81,8 +82,9 @@ def test_a_comparison_from_start_to_end(experiments, tmp_path, monkeypatch):
     assert state["attention"][0] < state["attention"][1]
     assert {r["name"] for r in records if r["kind"] == "baseline"} >= {"1-gram", "3-gram", "xz"}
 
+    more: dict[str, Any] = OPTIONS | {"seeds": 3}
     with pytest.raises(UserError, match=r"asked\.seeds = 2, not 3"):
-        compare(experiments, out=out, **OPTIONS | {"seeds": 3})
+        compare(experiments, out=out, **more)
 
 
 def test_a_budget_in_minutes_becomes_tokens(experiments, tmp_path, monkeypatch):
@@ -112,7 +114,7 @@ def test_a_budget_in_minutes_becomes_tokens(experiments, tmp_path, monkeypatch):
 )
 def test_impossible_wishes_are_refused_before_anything_is_written(experiments, tmp_path, change, message):
     with pytest.raises(UserError, match=message):
-        compare(experiments, out=tmp_path / "compare", **OPTIONS | change)
+        compare(experiments, out=tmp_path / "compare", **(OPTIONS | change))
     assert not (tmp_path / "compare").exists()
 
 

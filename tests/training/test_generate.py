@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ GREEDY = Sampling(temperature=0)
 
 
 @pytest.fixture
-def model(experiment, setup):
+def model(experiment, setup) -> tuple[Any, Any]:
     """A model with opinions: its logits are well apart."""
     _, state, graphdef, _ = setup(experiment)
     return graphdef, jax.tree.map(lambda p: 3 * p, state.params)
@@ -35,22 +36,27 @@ def by_full_forward(graphdef, params, prompt, count):
 
 
 def test_greedy_decoding_equals_the_whole_forward_for_prompts_of_any_length(model):
+    graphdef, params = model
     prompts = [np.asarray(p, np.int32) for p in ([1, 2, 3, 4, 5, 6, 7], [8], [9, 10, 11])]
-    together = generate(*model, prompts, max_tokens=6, sampling=GREEDY)
+    together = generate(graphdef, params, prompts, max_tokens=6, sampling=GREEDY)
     for prompt, tokens in zip(prompts, together, strict=True):
-        assert tokens.tolist() == by_full_forward(*model, prompt, 6)
+        assert tokens.tolist() == by_full_forward(graphdef, params, prompt, 6)
 
 
 def test_more_tokens_than_a_block_and_the_same_again(model):
+    graphdef, params = model
     prompt = [np.asarray([1, 2, 3], np.int32)]
     hot = Sampling(temperature=1.0)
-    long = generate(*model, prompt, max_tokens=BLOCK + 5, sampling=hot, seed=3)[0]
+    long = generate(graphdef, params, prompt, max_tokens=BLOCK + 5, sampling=hot, seed=3)[0]
     assert len(long) == BLOCK + 5
-    assert long[:BLOCK].tolist() == generate(*model, prompt, max_tokens=BLOCK, sampling=hot, seed=3)[0].tolist()
-    assert long.tolist() != generate(*model, prompt, max_tokens=BLOCK + 5, sampling=hot, seed=4)[0].tolist()
+    assert (
+        long[:BLOCK].tolist() == generate(graphdef, params, prompt, max_tokens=BLOCK, sampling=hot, seed=3)[0].tolist()
+    )
+    assert long.tolist() != generate(graphdef, params, prompt, max_tokens=BLOCK + 5, sampling=hot, seed=4)[0].tolist()
 
 
 def test_decoding_ends_when_every_row_is_finished(model):
+    graphdef, params = model
     asked = []
 
     def finished(row, tokens):
@@ -58,7 +64,7 @@ def test_decoding_ends_when_every_row_is_finished(model):
         return len(tokens) > 0
 
     tokens = generate(
-        *model, [np.asarray([1], np.int32)] * 2, max_tokens=10 * BLOCK, sampling=GREEDY, finished=finished
+        graphdef, params, [np.asarray([1], np.int32)] * 2, max_tokens=10 * BLOCK, sampling=GREEDY, finished=finished
     )
     assert [len(t) for t in tokens] == [BLOCK, BLOCK]
 
