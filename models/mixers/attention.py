@@ -80,7 +80,7 @@ class Cache(NamedTuple):
 
     k: jax.Array  # [B, S, K, H], rotated
     v: jax.Array  # [B, S, K, H]
-    segment: jax.Array  # [B, S] int32
+    began: jax.Array  # [B, S] int32, the token with which the slot's document began
     token: jax.Array  # [S] int32, which token of the sequence a slot holds; -1: none yet
     length: jax.Array  # [] int32, tokens seen so far
     cursor: Cursor
@@ -113,7 +113,7 @@ class Attention(nnx.Module):
         return Cache(
             k=jnp.zeros(shape, self.dtype),
             v=jnp.zeros(shape, self.dtype),
-            segment=jnp.zeros((batch, slots), jnp.int32),
+            began=jnp.zeros((batch, slots), jnp.int32),
             token=jnp.full((slots,), -1, jnp.int32),
             length=jnp.zeros((), jnp.int32),
             cursor=start(batch),
@@ -135,29 +135,28 @@ class Attention(nnx.Module):
         if config.qk_norm:
             q_BxTxNxH = self.q_norm(q_BxTxNxH).astype(x.dtype)
             k_BxTxKxH = self.k_norm(k_BxTxKxH).astype(x.dtype)
-        segments_BxT, positions_BxT, cursor = advance(state and state.cursor, segment_ids, B, T)
+        _, positions_BxT, cursor = advance(state and state.cursor, segment_ids, B, T)
         if config.positions == "rope":
             q_BxTxNxH = rotate(q_BxTxNxH, positions_BxT, config.rope_base)
             k_BxTxKxH = rotate(k_BxTxKxH, positions_BxT, config.rope_base)
 
-        index_T = jnp.arange(T, dtype=jnp.int32)
-        if state is None:
-            keys = k_BxTxKxH, v_BxTxKxH, segments_BxT, index_T
-        else:
-            if not config.causal:
-                raise UserError("bidirectional attention has no cache: call it with state=None")
-            index_T = index_T + state.length
-            keys, kept = self._extend(state, (k_BxTxKxH, v_BxTxKxH, segments_BxT, index_T))
+        if state is not None and not config.causal:
+            raise UserError("bidirectional attention has no cache: call it with state=None")
+        token_T = jnp.arange(T, dtype=jnp.int32) + (0 if state is None else state.length)
+        began_BxT = token_T - positions_BxT
+        keys = k_BxTxKxH, v_BxTxKxH, began_BxT, token_T
+        if state is not None:
+            keys, kept = self._extend(state, keys)
             state = Cache(*kept, length=state.length + T, cursor=cursor)
-        k_BxSxKxH, v_BxSxKxH, segments_BxS, index_S = keys
+        k_BxSxKxH, v_BxSxKxH, began_BxS, token_S = keys
 
-        distance_TxS = index_T[:, None] - index_S[None, :]
+        distance_TxS = token_T[:, None] - token_S[None, :]
         reach = config.window or max(T, k_BxSxKxH.shape[1]) + 1
-        seen_TxS = (distance_TxS < reach) & (index_S >= 0)
+        seen_TxS = (distance_TxS < reach) & (token_S >= 0)
         seen_TxS &= distance_TxS >= 0 if config.causal else -distance_TxS < reach
         mask_Bx1xTxS = seen_TxS
         if segment_ids is not None or state is not None:
-            mask_Bx1xTxS = seen_TxS & (segments_BxT[:, :, None] == segments_BxS[:, None, :])[:, None]
+            mask_Bx1xTxS = seen_TxS & (began_BxT[:, :, None] == began_BxS[:, None, :])[:, None]
         bias_NxTxS = None
         if config.positions == "alibi":
             bias_NxTxS = -alibi_slopes(self.heads)[:, None, None] * jnp.abs(distance_TxS).astype(jnp.float32)
@@ -171,8 +170,8 @@ class Attention(nnx.Module):
         return self.o(rearrange(y_BxTxNxH, "b t n h -> b t (n h)")), state
 
     def _extend(self, state: Cache, new: tuple) -> tuple[tuple, tuple]:
-        """What the new tokens may look at, and what the cache keeps: (k, v, segment, token) each."""
-        old = state.k, state.v, state.segment, state.token
+        """What the new tokens may look at, and what the cache keeps: (k, v, began, token) each."""
+        old = state.k, state.v, state.began, state.token
         time = 1, 1, 1, 0
         if self.config.window is None:
             new = tuple(

@@ -85,7 +85,7 @@ def test_token_by_token_equals_the_whole(architecture):
 def test_packed_documents_equal_separate_ones_gradients_included(architecture):
     model = perturbed(architecture)
     tokens = tokens_of(architecture, 1, T)
-    segment_ids = jnp.asarray([[1] * 4 + [2] * 3 + [3] * 2])
+    segment_ids = jnp.asarray([[3] * 4 + [7] * 3 + [3] * 2])  # any numbers: a change begins a document
 
     def packed(model):
         return model.logits(model(tokens, segment_ids=segment_ids)[0])
@@ -114,7 +114,7 @@ def test_documents_that_begin_between_or_inside_chunks(architecture):
     """Segment boundaries and chunk boundaries, at the same place and elsewhere."""
     model = perturbed(architecture)
     tokens = tokens_of(architecture, B, T)
-    segment_ids = jnp.asarray([[1] * 3 + [2] * 6, [1] * 5 + [2] * 1 + [3] * 3])
+    segment_ids = jnp.asarray([[1] * 3 + [2] * 6, [1] * 5 + [2] * 1 + [1] * 3])
     whole = logits(model, tokens, None, segment_ids)[0]
     state, parts = model.initial_state(B, T), []
     for span in (slice(0, 3), slice(3, 5), slice(5, 6), slice(6, 9)):
@@ -226,3 +226,25 @@ def test_compile_time_is_flat_in_depth(architecture):
         return str(jax.make_jaxpr(lambda p: nnx.merge(graphdef, p)(tokens)[0])(params)).count(" = ")
 
     assert equations(2) == equations(20)
+
+
+def test_the_residual_stream_and_its_norms_are_float32_whatever_the_dtype(architecture):
+    """LayerNorm does not see what is added to every channel; in bfloat16, 512 would swallow the rest."""
+    model = perturbed(dataclasses.replace(architecture, dtype="bfloat16", norm="layernorm"))
+    period = jax.tree.map(lambda leaf: leaf[0], model.periods)
+    x = jax.random.normal(jax.random.key(4), (B, T, architecture.width))
+    near, far = period(x, None, None)[0] - x, period(x + 512, None, None)[0] - (x + 512)
+    close(near, far, 0.03 * jnp.abs(near).max())
+
+
+def test_the_backward_pass_recomputes_what_remat_says(architecture):
+    tokens = jnp.zeros((B, T), jnp.int32)
+
+    def operations(remat):
+        graphdef, params = nnx.split(sizes.abstract(dataclasses.replace(architecture, remat=remat)))
+        gradient = str(jax.make_jaxpr(jax.grad(lambda p: jnp.sum(nnx.merge(graphdef, p)(tokens)[0])))(params))
+        return gradient.count("dot_general"), gradient.count("rsqrt")
+
+    none, dots, full = map(operations, ("none", "dots", "full"))
+    assert none[0] < full[0]
+    assert none[1] < dots[1] == full[1]

@@ -169,3 +169,16 @@ def test_a_windows_cache_is_as_short_as_the_window():
 def test_impossible_values_name_the_field(config, message):
     with pytest.raises(UserError, match=message):
         build(config)
+
+
+def test_mambas_step_size_and_state_are_float32_whatever_the_dtype():
+    """Without input the state only decays, by exp(dt A) a token, with dt the softplus of its bias."""
+    config = MambaConfig(state=3)
+    model = ModelConfig(width=D, layers=1, vocab_size=7, pattern=(BlockConfig(mixer=config),), dtype="bfloat16")
+    mixer = config.build(model, nnx.Rngs(0))
+    before = mixer.initial_state(1, T)
+    _, after = mixer(jnp.zeros((1, T, D), jnp.bfloat16), before._replace(scan=jnp.ones_like(before.scan)))
+    dt = np.log1p(np.exp(np.asarray(mixer.dt_bias[...], np.float64)))
+    expected = np.exp(-T * dt[:, None] * np.exp(np.asarray(mixer.A_log[...], np.float64)))
+    assert after.scan.dtype == jnp.float32
+    np.testing.assert_allclose(after.scan[0], expected, rtol=1e-5)

@@ -166,3 +166,10 @@ def test_the_process_gets_huge_pages_unless_the_user_decides(chosen, tmp_path):
     assert done.returncode == 2
     settings = [None, "glibc.malloc.hugetlb=1"] if chosen is None else [chosen]
     assert done.stdout.splitlines() == [f"{each} ['train', 'transformr']" for each in settings]
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    command = f"{sys.executable} -m phyla train transformer --help | head -n 1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    assert done.stdout.splitlines()[-1] in ("0", "141")

@@ -75,6 +75,12 @@ def test_a_comparison_from_start_to_end(experiments, tmp_path, monkeypatch):
     assert {r["tokens"] for r in runs} == {runs[0]["tokens"]}
     tokens = {r["name"]: [line["tokens"] for line in read(out / f"{r['name']}-seed0")] for r in runs}
     assert tokens["attention"] == tokens["mamba"]
+    # The batches are a function of these (test_data_pipeline.py).
+    kept = {path.parent.name: run.read_experiment(path.parent) for path in out.glob("*-seed*/config.json")}
+    for seed in (0, 1):
+        one, other = (kept[f"{name}-seed{seed}"] for name in ("attention", "mamba"))
+        assert (one.data, one.loop, one.mesh) == (other.data, other.loop, other.mesh)
+        assert one.loop.seed == seed
     assert runs[0]["bits_per_byte"] != runs[1]["bits_per_byte"]
     assert all(len(r["curve"]) == 10 for r in runs)
     state = {record["name"]: record["state_bytes"] for record in records if record["kind"] == "speed"}

@@ -15,6 +15,7 @@ from phyla.training.config import MeshConfig
 from phyla.training.data.pipeline import prepare
 from phyla.training.data.tokenizers import ByteTokenizer
 from phyla.training.evaluate import evaluate_run, make_evaluate, score
+from phyla.training.log import read
 from phyla.training.loop import train
 from phyla.training.saved import load
 
@@ -66,7 +67,9 @@ def test_the_average_is_what_is_evaluated(experiment, tmp_path):
     train(averaged, tmp_path / "ema", max_steps=10)
     train(experiment, tmp_path / "plain", max_steps=10)
     # A slow average has hardly left the initialisation.
-    assert evaluate_run(tmp_path / "ema").bits_per_byte > evaluate_run(tmp_path / "plain").bits_per_byte + 0.5
+    average = evaluate_run(tmp_path / "ema").bits_per_byte
+    assert average > evaluate_run(tmp_path / "plain").bits_per_byte + 0.5
+    np.testing.assert_allclose(read(tmp_path / "ema")[-1]["validation_bits_per_byte"], average, rtol=1e-5)  # also then
 
 
 def test_what_is_not_a_run_is_refused(run, tmp_path):

@@ -1,5 +1,6 @@
 """Generation: what is drawn is what the model says, whatever else is in the batch."""
 
+import dataclasses
 import json
 import math
 from typing import Any
@@ -55,6 +56,17 @@ def test_more_tokens_than_a_block_and_the_same_again(model):
     assert long.tolist() != generate(graphdef, params, prompt, max_tokens=BLOCK + 5, sampling=hot, seed=4)[0].tolist()
 
 
+def test_every_token_and_row_is_a_draw_of_its_own(model):
+    graphdef, params = model
+    fair = jax.tree.map(jnp.zeros_like, params)  # every token is as likely
+    rows = generate(graphdef, fair, [np.asarray([1], np.int32)] * 4, max_tokens=BLOCK, sampling=Sampling())
+    drawn = np.stack(rows)
+    assert len(np.unique(drawn)) > 20  # of 31
+    for t in range(BLOCK):
+        assert len(np.unique(drawn[:, t])) > 1
+    assert (np.diff(drawn, axis=1) == 0).mean() < 0.15  # one in 31
+
+
 def test_decoding_ends_when_every_row_is_finished(model):
     graphdef, params = model
     asked = []
@@ -108,7 +120,11 @@ def test_the_filters_keep_the_right_tokens_at_the_right_odds(seed, sampling):
 
 def test_a_restored_run_continues_prompts_and_writes_them(experiment, tmp_path, capsys):
     run = tmp_path / "run"
-    train(experiment, run)
+    (tmp_path / "documents").mkdir()
+    for i in range(40):
+        (tmp_path / "documents" / f"{i}.txt").write_text("the quick brown fox jumps over the lazy dog. ")
+    data = dataclasses.replace(experiment.data, source=str(tmp_path / "documents" / "*.txt"))
+    train(dataclasses.replace(experiment, data=data), run)
     options = {"temperature": 0.0, "top_k": None, "top_p": None, "min_p": None, "seed": 0, "json": None}
     texts = generate_run(run, ["the quick brown ", "over the lazy"], max_tokens=12, stop=[], **options)
     printed = capsys.readouterr().out
@@ -125,6 +141,14 @@ def test_a_restored_run_continues_prompts_and_writes_them(experiment, tmp_path, 
     stop = expected[3:5]
     cut = generate_run(run, ["the quick brown "], max_tokens=12, stop=["never", stop], **options)[0]
     assert cut == expected[: expected.index(stop)]
+
+    # A text ends where its document does, or at a stop string; and nothing is drawn for long after.
+    drawn = by_full_forward(saved.graphdef, saved.params, [256, *b"the lazy dog"], 4)
+    expected = bytes(drawn[: drawn.index(256)]).decode()
+    for stop, text in (([], expected), ([expected[1:2]], expected[:1])):
+        capsys.readouterr()
+        assert generate_run(run, ["the lazy dog"], max_tokens=4 * BLOCK, stop=stop, **options) == [text]
+        assert f"{4 * BLOCK}/{4 * BLOCK} tokens" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

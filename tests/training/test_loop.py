@@ -1,5 +1,6 @@
 """The loop as a user meets it: exact resume after a kill, clean stops, honest refusals."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -14,11 +15,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from phyla.models import sizes
 from phyla.models.errors import Diverged, UserError
 from phyla.models.serialization import to_json
-from phyla.training import log, run
+from phyla.training import log, machine, run, sharding
+from phyla.training.checkpoints import Checkpoints, with_shardings
 from phyla.training.config import MeshConfig
+from phyla.training.data.pipeline import train_iterator
+from phyla.training.data.tokenizers import ByteTokenizer
 from phyla.training.loop import train
+from phyla.training.progress import Reporter
 from phyla.training.saved import load
 
 PROGRAM = """
@@ -186,7 +192,13 @@ def test_a_trained_tokenizer_and_tensorboard_belong_to_the_run(experiment, tmp_p
     assert saved.tokenizer.decode(saved.tokenizer.encode("the quick brown fox")) == "the quick brown fox"
     assert saved.experiment.model.vocab_size == saved.tokenizer.vocab_size == 280
     # Nats are per token and bits per byte of text: a token is several bytes.
-    assert summary["bits_per_byte"] < summary["nats_per_token"] / np.log(2)
+    bits = summary["bits_per_byte"] / summary["nats_per_token"]
+    assert bits < 1 / np.log(2)
+    line = next(line for line in log.read(tmp_path / "run") if "loss" in line)
+    np.testing.assert_allclose(line["bits_per_byte"] / line["loss"], bits)
+    # A step is one pass forward and one, twice as costly, backward.
+    operations = 3 * sizes.flops_per_token(saved.experiment.model, 16) * line["tokens_per_second"]
+    np.testing.assert_allclose(line["flops_utilisation"], operations / machine.matmul_peak(saved.mesh, "float32"))
 
 
 def test_another_experiment_in_the_same_folder_is_refused(experiment, tmp_path):
@@ -223,3 +235,84 @@ def test_a_tokenizer_that_is_not_the_runs_is_refused(experiment, tmp_path):
     run.write_json(tmp_path / "run" / "config.json", record)
     with pytest.raises(UserError, match="tokenizer is not the one of this run"):
         load(tmp_path / "run")
+
+
+def test_a_checkpoint_holds_everything_that_changes(experiment, setup, batch, tmp_path):
+    step, state, _, _ = setup(experiment, ema=0.5)
+    state, _ = step(state, batch)
+    integers = jnp.arange(2, 6)
+    state = state._replace(skipped=integers[0], skipped_in_a_row=integers[1], key=integers[2:].astype(jnp.uint32))
+
+    def iterator():
+        return train_iterator(experiment.data, ByteTokenizer(), batch_size=4, seed=0)
+
+    data = iterator()
+    for _ in range(3):
+        next(data)
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        checkpoints.save(state, data, {"tokens": 7, "seconds": 1.5}, None)
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4), 8)
+    abstract = jax.eval_shape(lambda: state)
+    moved = iterator()
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        assert checkpoints.latest() == 1
+        wanted = with_shardings(abstract, sharding.shardings(abstract, mesh))
+        found, progress = checkpoints.restore(1, wanted, moved)
+    jax.tree.map(np.testing.assert_array_equal, state, found)
+    assert progress == {"tokens": 7, "seconds": 1.5}
+    np.testing.assert_array_equal(next(data)["tokens"], next(moved)["tokens"])
+
+
+def test_a_checkpoint_without_a_validation_is_never_the_best(experiment, setup, tmp_path):
+    _, state, _, _ = setup(experiment)
+    data = train_iterator(experiment.data, ByteTokenizer(), batch_size=4, seed=0)
+    with Checkpoints(tmp_path / "run", keep=1) as checkpoints:
+        for step, bits in ((1, 2.0), (2, None), (3, 3.0)):
+            checkpoints.save(state._replace(step=jnp.asarray(step)), data, {}, bits)
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"1", "3"}
+
+
+class Interrupter(Reporter):
+    """Sends this process a signal once the run introduces itself."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def note(self, text):
+        if " parameters (" in text:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_the_step_end_and_saves(experiment, tmp_path, number):
+    before = signal.getsignal(number)
+    ends = pytest.raises(KeyboardInterrupt) if number == signal.SIGINT else contextlib.nullcontext()
+    with ends:
+        assert train(experiment, tmp_path / "run", reporter=Interrupter(number)) is None
+    assert load(tmp_path / "run").step == 1
+    assert signal.getsignal(number) is before
+
+
+def test_every_field_but_the_mesh_makes_another_run(experiment):
+    def variants(tree):
+        """The tree with one leaf changed, for each leaf."""
+        for name, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            changed = variants(value) if isinstance(value, dict | list) else ["another"]
+            for other in changed:
+                yield {**tree, name: other} if isinstance(tree, dict) else [*tree[:name], other, *tree[name + 1 :]]
+
+    whole = to_json(experiment)
+    found = list(variants(whole))
+    assert len(found) == len(run.flatten(whole))
+    same = [variant for variant in found if run.identity(variant) == run.identity(whole)]
+    assert all({**variant, "mesh": whole["mesh"]} == whole for variant in same)
+    assert len(same) == len(whole["mesh"])
+
+
+def test_the_clock_stands_still_while_training_pauses(tmp_path):
+    options = {"bytes_per_token": 1.0, "flops_per_token": 1.0, "peak_flops": 1.0, "tensorboard": False}
+    clock = log.Log(tmp_path, 0, tokens=0, seconds=5.0, **options)
+    with clock.paused():
+        time.sleep(0.2)
+    assert 5.0 < clock.seconds < 5.15

@@ -72,6 +72,26 @@ def test_muon_orthogonalises_each_layer_of_a_matrix():
     assert (singular.max(-1) / singular.min(-1) < 2).all()  # Newton-Schulz brings them to about one
     before = np.linalg.svd(np.asarray(gradients["matrix"][...]), compute_uv=False)
     assert (before.max(-1) / before.min(-1)).max() > 2
+    table = np.abs(updates["table"][...])  # not a matrix that multiplies: AdamW's first step is the gradient's sign
+    np.testing.assert_allclose(table, table.mean(), rtol=1e-4)
+
+
+def test_a_gradient_is_clipped_by_its_global_norm():
+    params: Any = nnx.state(Parameters())
+    draw = jax.tree.map(lambda p: jax.random.normal(jax.random.key(5), p.shape), params)
+    norm = np.sqrt(sum(float(jnp.sum(jnp.square(g))) for g in jax.tree.leaves(draw)))
+
+    def second_update(clip_norm, first, second):
+        """Of gradients with these norms; Adam does not see what is common to both."""
+        optimizer = make_optimizer(OptimizerConfig(clip_norm=clip_norm), 100, params)
+        state = optimizer.init(params)
+        for size in (first, second):
+            gradient = jax.tree.map(lambda g, size=size: g * size / norm, draw)
+            updates, state = optimizer.update(gradient, state, params)
+        return updates
+
+    clipped, by_hand = second_update(0.5, 30.0, 0.1), second_update(1e9, 0.5, 0.1)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-9), clipped, by_hand)
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon"])

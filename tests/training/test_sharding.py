@@ -24,9 +24,9 @@ def test_eight_devices_equal_one(experiment, setup, batch, data, fsdp, tensor):
     shards = {leaf.sharding.shard_shape(leaf.shape) != leaf.shape for leaf in jax.tree.leaves(spread.params)}
     assert (True in shards) == (fsdp * tensor > 1)
     whole = NamedSharding(mesh, PartitionSpec())
-    found, found_metrics = jax.jit(step, out_shardings=(layout, whole))(
-        spread, sharding.put_batch(jax.tree.map(np.asarray, batch), mesh)
-    )
+    rows = sharding.put_batch(jax.tree.map(np.asarray, batch), mesh)
+    assert rows["tokens"].sharding.shard_shape((8, 9)) == (8 // (data * fsdp), 9)
+    found, found_metrics = jax.jit(step, out_shardings=(layout, whole))(spread, rows)
     np.testing.assert_allclose(found_metrics.loss, metrics.loss, rtol=1e-5)
     np.testing.assert_allclose(found_metrics.gradient_norm, metrics.gradient_norm, rtol=1e-4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), expected.params, found.params)

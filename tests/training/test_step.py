@@ -7,8 +7,11 @@ import optax
 import pytest
 from flax import nnx
 
-from phyla.training.config import LoopConfig
+from phyla.models.weights import constant, parameter
+from phyla.training.config import LoopConfig, OptimizerConfig
+from phyla.training.optimizer import make_optimizer
 from phyla.training.saved import make_objective
+from phyla.training.step import initial_state, make_step
 
 
 @pytest.mark.parametrize("microbatches", [2, 4, 8])
@@ -75,3 +78,45 @@ def test_the_loss_goes_down(experiment, setup, batch):
 def test_microbatches_must_divide_the_batch():
     with pytest.raises(ValueError, match=r"loop\.microbatches 5 does not divide loop\.batch_size 16; nearest: 4"):
         LoopConfig(batch_size=16, microbatches=5)
+
+
+class Numbers(nnx.Module):
+    def __init__(self):
+        self.numbers = parameter(constant(1.0), (3,), ("norm",), nnx.Rngs(0))
+
+
+def step_of(objective, **loop):
+    """The step of an objective on three numbers, the state before it and a batch."""
+    graphdef, params = nnx.split(Numbers())
+    config = LoopConfig(batch_size=4, **loop)
+    optimizer = make_optimizer(OptimizerConfig(), 10, params)
+    step = jax.jit(make_step(graphdef, objective, optimizer, config))
+    return step, initial_state(params, optimizer, config), {"tokens": jnp.zeros((4, 3), jnp.int32)}
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_a_loss_or_a_gradient_alone_that_is_not_finite_is_enough(broken):
+    def objective(model, batch, rng):
+        x = model.numbers[...]
+        total = jnp.sum(x) + jnp.inf if broken == "loss" else jnp.sum(jnp.sqrt(x - x))
+        return total, jnp.ones(()), {}
+
+    step, state, batch = step_of(objective)
+    after, metrics = step(state, batch)
+    assert jnp.isfinite(metrics.loss) == (broken == "gradient")
+    assert jnp.isfinite(metrics.gradient_norm) == (broken == "loss")
+    assert metrics.skipped == 1
+    jax.tree.map(np.testing.assert_array_equal, state.params, after.params)
+
+
+def test_every_step_and_microbatch_draws_its_own_numbers_and_the_same_again():
+    def objective(model, batch, rng):
+        draw = jax.random.uniform(rng)
+        return jnp.sum(model.numbers[...]), jnp.ones(()), {"draw": draw, "square": draw**2}
+
+    step, state, batch = step_of(objective)
+    first, again, next_ = (step(s, batch)[1].extra["draw"] for s in (state, state, step(state, batch)[0]))
+    assert first == again != next_
+    step, state, batch = step_of(objective, microbatches=2)
+    extra = step(state, batch)[1].extra
+    assert extra["square"] - extra["draw"] ** 2 > 1e-6  # a variance: the two differ
