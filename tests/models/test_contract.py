@@ -234,7 +234,7 @@ def test_the_residual_stream_and_its_norms_are_float32_whatever_the_dtype(archit
     period = jax.tree.map(lambda leaf: leaf[0], model.periods)
     x = jax.random.normal(jax.random.key(4), (B, T, architecture.width))
     near, far = period(x, None, None)[0] - x, period(x + 512, None, None)[0] - (x + 512)
-    close(near, far, 0.03 * jnp.abs(near).max())
+    close(near, far, 0.03 * float(jnp.abs(near).max()))
 
 
 def test_the_backward_pass_recomputes_what_remat_says(architecture):

@@ -180,5 +180,6 @@ def test_mambas_step_size_and_state_are_float32_whatever_the_dtype():
     _, after = mixer(jnp.zeros((1, T, D), jnp.bfloat16), before._replace(scan=jnp.ones_like(before.scan)))
     dt = np.log1p(np.exp(np.asarray(mixer.dt_bias[...], np.float64)))
     expected = np.exp(-T * dt[:, None] * np.exp(np.asarray(mixer.A_log[...], np.float64)))
+    assert after is not None
     assert after.scan.dtype == jnp.float32
     np.testing.assert_allclose(after.scan[0], expected, rtol=1e-5)

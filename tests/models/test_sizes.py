@@ -51,6 +51,22 @@ def test_operations_by_hand():
     # Causal: on average half of the T keys, two products each for scores and values, 32 = heads × head_dim.
     assert sizes.flops_per_token(config, T) == 2 * matrices + L * 4 * 32 * T / 2
 
+    # Untied, the table is only looked up and the head multiplies. A channel has 2 for each of 4 taps, 7 for each state.
+    inner, N, rank = 2 * d, 16, 1
+    matrices = V * d + L * (d * 2 * inner + inner * (rank + 2 * N) + rank * inner + inner * d)
+    config = ModelConfig(width=d, layers=L, vocab_size=V, pattern=(MAMBA,), tie_embeddings=False)
+    assert sizes.flops_per_token(config, T) == 2 * matrices + L * inner * (2 * 4 + 7 * N)
+
+
+@pytest.mark.parametrize(("window", "causal"), [(None, True), (16, True), (100, True), (None, False)])
+def test_attention_counts_the_keys_that_a_token_sees(window, causal):
+    T = 64
+    # Half of a token's own key, so that the mean over a whole causal sequence is T / 2.
+    seen = [min(t + 0.5, window or T) for t in range(T)] if causal else [T]
+    config = AttentionConfig(heads=4, head_dim=8, window=window, causal=causal)
+    model = ModelConfig(width=16, layers=1, pattern=(ATTENTION,))
+    assert config.flops_per_token(model, T) == 4 * 32 * sum(seen) / len(seen)
+
 
 @settings(max_examples=6, deadline=None)
 @given(

@@ -60,9 +60,17 @@ def test_a_comparison_from_start_to_end(experiments, tmp_path, monkeypatch):
 
     # … and continued: what is finished stays as it is.
     monkeypatch.setattr(module, "train", original)
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("summary.json")}
+
+    def made(*names):
+        return {path: path.stat().st_mtime_ns for name in names for path in out.rglob(name)}
+
+    before = made("summary.json", "baselines.json")
+    assert len(before) == 3
     compare(experiments, out=out, **OPTIONS)
-    assert all(path.stat().st_mtime_ns == when for path, when in before.items())
+    assert before.items() <= made("summary.json", "baselines.json").items()
+    before = made("speed.json", "sample.json")
+    module._measure(experiments[0], out)
+    assert before == made("speed.json", "sample.json")
     records = read_results(out)[1]
     runs = [record for record in records if record["kind"] == "run"]
     assert [(r["name"], r["seed"]) for r in runs] == [(n, s) for n in ("attention", "mamba") for s in (0, 1)]

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from phyla.models.errors import UserError
-from phyla.training.generate import BLOCK, Sampling, generate, generate_run, sample
+from phyla.training.generate import BLOCK, Sampling, generate, generate_run, sample, until_end
 from phyla.training.loop import train
 from phyla.training.saved import load
 
@@ -67,6 +67,11 @@ def test_every_token_and_row_is_a_draw_of_its_own(model):
     assert (np.diff(drawn, axis=1) == 0).mean() < 0.15  # one in 31
 
 
+def test_a_document_ends_before_its_first_end():
+    assert until_end(np.asarray([5, 9, 7, 9]), 9).tolist() == [5]
+    assert until_end(np.asarray([5, 7]), 9).tolist() == [5, 7]
+
+
 def test_decoding_ends_when_every_row_is_finished(model):
     graphdef, params = model
     asked = []
@@ -97,6 +102,9 @@ def allowed(logits, sampling):
     return keep, p * keep / (p * keep).sum()
 
 
+@example(seed=0, sampling=Sampling(min_p=0.3))
+@example(seed=1, sampling=Sampling(min_p=1.0))
+@example(seed=2, sampling=Sampling(top_k=3, top_p=0.7, min_p=0.2))
 @settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 1000),
@@ -122,11 +130,11 @@ def test_a_restored_run_continues_prompts_and_writes_them(experiment, tmp_path, 
     run = tmp_path / "run"
     (tmp_path / "documents").mkdir()
     for i in range(40):
-        (tmp_path / "documents" / f"{i}.txt").write_text("the quick brown fox jumps over the lazy dog. ")
+        (tmp_path / "documents" / f"{i}.txt").write_text("abcdefghijklmnopqrstuvwxyz")
     data = dataclasses.replace(experiment.data, source=str(tmp_path / "documents" / "*.txt"))
     train(dataclasses.replace(experiment, data=data), run)
     options = {"temperature": 0.0, "top_k": None, "top_p": None, "min_p": None, "seed": 0, "json": None}
-    texts = generate_run(run, ["the quick brown ", "over the lazy"], max_tokens=12, stop=[], **options)
+    texts = generate_run(run, ["abcdef", "mnop"], max_tokens=12, stop=[], **options)
     printed = capsys.readouterr().out
     record = json.loads((run / "generation.json").read_text())
     assert [entry["text"] for entry in record["texts"]] == texts
@@ -134,20 +142,20 @@ def test_a_restored_run_continues_prompts_and_writes_them(experiment, tmp_path, 
 
     # What the saved parameters say, token by token.
     saved = load(run)
-    prompt = [256, *b"the quick brown "]
+    prompt = [256, *b"abcdef"]
     expected = bytes(by_full_forward(saved.graphdef, saved.params, prompt, 12)).decode()
     assert texts[0] == expected
 
     stop = expected[3:5]
-    cut = generate_run(run, ["the quick brown "], max_tokens=12, stop=["never", stop], **options)[0]
+    cut = generate_run(run, ["abcdef"], max_tokens=12, stop=["never", expected[8:10], stop], **options)[0]
     assert cut == expected[: expected.index(stop)]
 
     # A text ends where its document does, or at a stop string; and nothing is drawn for long after.
-    drawn = by_full_forward(saved.graphdef, saved.params, [256, *b"the lazy dog"], 4)
+    drawn = by_full_forward(saved.graphdef, saved.params, [256, *b"uvwx"], 4)
     expected = bytes(drawn[: drawn.index(256)]).decode()
     for stop, text in (([], expected), ([expected[1:2]], expected[:1])):
         capsys.readouterr()
-        assert generate_run(run, ["the lazy dog"], max_tokens=4 * BLOCK, stop=stop, **options) == [text]
+        assert generate_run(run, ["uvwx"], max_tokens=4 * BLOCK, stop=stop, **options) == [text]
         assert f"{4 * BLOCK}/{4 * BLOCK} tokens" not in capsys.readouterr().err
 
 

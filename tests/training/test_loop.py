@@ -160,12 +160,12 @@ def test_a_checkpoint_restores_on_another_mesh(experiment, tmp_path):
 def test_the_latest_and_the_best_checkpoints_are_kept(experiment, tmp_path):
     keep = dataclasses.replace(experiment.loop, eval_every=5, checkpoint_every=5, keep=1)
     # A learning rate that spoils what it had learned: the best checkpoint is an early one.
-    wild = dataclasses.replace(experiment.optimizer, learning_rate=0.3, schedule="constant", warmup_fraction=0.5)
+    wild = dataclasses.replace(experiment.optimizer, learning_rate=3.0, schedule="constant", warmup_fraction=1.0)
     folder = tmp_path / "run"
     train(dataclasses.replace(experiment, loop=keep, optimizer=wild), folder)
     scores = {line["step"]: line["validation_bits_per_byte"] for line in log.read(folder) if "whole_text" in line}
     best = min(scores, key=lambda step: scores[step])
-    assert best < 40
+    assert best < 40, scores
     kept = {int(path.name) for path in (folder / "checkpoints").iterdir()}
     assert kept == {best, 40}
 
@@ -286,33 +286,33 @@ class Interrupter(Reporter):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_the_step_end_and_saves(experiment, tmp_path, number):
-    before = signal.getsignal(number)
+    def unheard(number, frame):
+        raise AssertionError("the loop does not listen")
+
     ends = pytest.raises(KeyboardInterrupt) if number == signal.SIGINT else contextlib.nullcontext()
-    with ends:
-        assert train(experiment, tmp_path / "run", reporter=Interrupter(number)) is None
+    before = signal.signal(number, unheard)
+    try:
+        with ends:
+            assert train(experiment, tmp_path / "run", reporter=Interrupter(number)) is None
+        assert signal.getsignal(number) is unheard
+    finally:
+        signal.signal(number, before)
     assert load(tmp_path / "run").step == 1
-    assert signal.getsignal(number) is before
 
 
 def test_every_field_but_the_mesh_makes_another_run(experiment):
-    def variants(tree):
-        """The tree with one leaf changed, for each leaf."""
-        for name, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
-            changed = variants(value) if isinstance(value, dict | list) else ["another"]
-            for other in changed:
-                yield {**tree, name: other} if isinstance(tree, dict) else [*tree[:name], other, *tree[name + 1 :]]
-
     whole = to_json(experiment)
-    found = list(variants(whole))
-    assert len(found) == len(run.flatten(whole))
-    same = [variant for variant in found if run.identity(variant) == run.identity(whole)]
-    assert all({**variant, "mesh": whole["mesh"]} == whole for variant in same)
-    assert len(same) == len(whole["mesh"])
+    kept = run.identity(whole).keys()
+    assert run.flatten(whole).keys() - kept == {f"mesh.{name}" for name in whole["mesh"]}
+    assert kept > {"model.width", "model.pattern.1.mixer.state", "data.source", "optimizer.beta1", "loop.seed"}
+    assert run.identity(whole)["loop.seed"] == 0
 
 
 def test_the_clock_stands_still_while_training_pauses(tmp_path):
     options = {"bytes_per_token": 1.0, "flops_per_token": 1.0, "peak_flops": 1.0, "tensorboard": False}
     clock = log.Log(tmp_path, 0, tokens=0, seconds=5.0, **options)
+    began = time.perf_counter()
+    time.sleep(0.1)
     with clock.paused():
         time.sleep(0.2)
-    assert 5.0 < clock.seconds < 5.15
+    assert 5.1 <= clock.seconds <= 5.0 + time.perf_counter() - began - 0.1
