@@ -229,7 +229,9 @@ def _train(experiment: Experiment, seed: int, plan: dict[str, Any], out: Path, r
     loop = dataclasses.replace(
         experiment.loop, steps=plan["steps"], seed=seed, eval_every=every, checkpoint_every=every, keep=1
     )
-    train(dataclasses.replace(experiment, loop=loop), out / f"{experiment.name}-seed{seed}", reporter=reporter)
+    experiment = dataclasses.replace(experiment, loop=loop)
+    if train(experiment, out / f"{experiment.name}-seed{seed}", reporter=reporter) is None:
+        raise SystemExit(0)  # a SIGTERM: the run has saved itself, and the same command goes on from there
 
 
 def _baselines(experiment: Experiment, out: Path) -> None:
