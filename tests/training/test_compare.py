@@ -80,7 +80,7 @@ def test_a_comparison_from_start_to_end(experiments, tmp_path, monkeypatch):
 
     # The same budget, the same tokens in the same order, other seeds.
     assert all(abs(r["parameters"] / 260_000 - 1) <= 0.01 for r in runs)
-    assert {r["tokens"] for r in runs} == {runs[0]["tokens"]}
+    assert {(r["steps"], r["tokens"]) for r in runs} == {(20, runs[0]["tokens"])}
     tokens = {r["name"]: [line["tokens"] for line in read(out / f"{r['name']}-seed0")] for r in runs}
     assert tokens["attention"] == tokens["mamba"]
     # The batches are a function of these (test_data_pipeline.py).
