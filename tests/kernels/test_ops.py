@@ -6,7 +6,6 @@ float64 has its outputs and, by complex steps, its gradients -> every implementa
 
 import functools
 import itertools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import hypothesis
@@ -18,58 +17,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from phyla.kernels.causal_conv import causal_conv
-from phyla.kernels.selective_scan import selective_scan
+from tests.kernels.ops import OPS, Op
 
-D, N, W = 6, 5, 4
-BY_TOKEN = {"x", "dt", "B", "C"}  # arguments with the axes batch and time in front
-
-
-class Op(NamedTuple):
-    """What the tests know about an op."""
-
-    call: Callable
-    document: Callable  # numpy: one row, one segment, (state, **arguments) -> (y, state)
-    draw: Callable  # (rng, B, T, wide) -> arguments in float64; wide: over six decades
-    state_shape: tuple[int, int]
-    fast: tuple[str, ...] = ("xla",)  # implementations beside the reference
-
-
-def scan_document(h, x, dt, A, B, C, D):
-    y = []
-    for t in range(len(x)):
-        h = np.exp(dt[t][:, None] * A) * h + np.outer(dt[t] * x[t], B[t])
-        y.append(h @ C[t] + D * x[t])
-    return np.stack(y), h
-
-
-def draw_scan(rng, B, T, wide):
-    low, high = (-4, 2) if wide else (-2, 0)
-    return {
-        "x": rng.normal(size=(B, T, D)),
-        "dt": 10 ** rng.uniform(low, high, (B, T, D)),
-        "A": -(10 ** rng.uniform(low, high + 1, (D, N))),
-        "B": rng.normal(size=(B, T, N)),
-        "C": rng.normal(size=(B, T, N)),
-        "D": rng.normal(size=D),
-    }
-
-
-def conv_document(state, x, weight, bias):
-    inputs = np.concatenate([state, x])
-    windows = np.lib.stride_tricks.sliding_window_view(inputs, W, axis=0)  # [T, D, W]
-    return np.einsum("tdw,wd->td", windows, weight) + bias, inputs[len(x) :]
-
-
-def draw_conv(rng, B, T, wide):
-    x = rng.normal(size=(B, T, D)) * 10 ** rng.uniform(-3 * wide, 3 * wide, (B, T, D))
-    return {"x": x, "weight": rng.normal(size=(W, D)), "bias": rng.normal(size=D)}
-
-
-OPS = {
-    "selective_scan": Op(selective_scan, scan_document, draw_scan, (D, N)),
-    "causal_conv": Op(causal_conv, conv_document, draw_conv, (W - 1, D)),
-}
 every_op = pytest.mark.parametrize("name", OPS)
 PAIRS = [(name, implementation) for name, op in OPS.items() for implementation in ("reference", *op.fast)]
 every_implementation = pytest.mark.parametrize(("name", "implementation"), PAIRS)
@@ -104,32 +53,34 @@ def problem(op: Op, case: Case):
     """Arguments, state, segment ids and cotangents, in float64."""
     rng = np.random.default_rng(0)
     arguments = op.draw(rng, case.B, case.T, case.wide)
-    state = rng.normal(size=(case.B, *op.state_shape)) if case.state else None
+    state = op.draw_state(rng, case.B)
+    d_state = jax.tree.map(lambda s: rng.normal(size=s.shape), state)
     segment_ids = None
     if case.starts:
         segment_ids = np.zeros((case.B, case.T), np.int32)
         for row, starts in zip(segment_ids, case.starts, strict=True):
             row[list(starts)] = 1
         segment_ids = np.cumsum(segment_ids, 1, dtype=np.int32) % 2  # ids return, as they may
-    cotangents = rng.normal(size=(case.B, case.T, D)), rng.normal(size=(case.B, *op.state_shape))
-    return arguments, state, segment_ids, cotangents
+    cotangents = rng.normal(size=(case.B, case.T, *op.output_shape)), d_state
+    return arguments, state if case.state else None, segment_ids, cotangents
 
 
 def by_documents(op: Op, arguments, state, segment_ids):
     """Run every document of every row on its own through the numpy function."""
-    B, T = arguments["x"].shape[:2]
+    B, T = next(arguments[key].shape[:2] for key in arguments if key in op.by_token)
+    empty = jax.tree.map(np.zeros_like, op.draw_state(np.random.default_rng(0), 1))
     ys, states = [], []
     for b in range(B):
-        h = np.zeros(op.state_shape) if state is None else state[b]
+        h = jax.tree.map(lambda s: s[0], empty) if state is None else jax.tree.map(lambda s, b=b: s[b], state)
         edges = [0, T] if segment_ids is None else [0, *(np.flatnonzero(np.diff(segment_ids[b])) + 1), T]
         y = []
         for start, end in itertools.pairwise(edges):
-            one = {key: v[b, start:end] if key in BY_TOKEN else v for key, v in arguments.items()}
-            out, h = op.document(h if start == 0 else np.zeros(op.state_shape), **one)
+            one = {key: v[b, start:end] if key in op.by_token else v for key, v in arguments.items()}
+            out, h = op.document(h if start == 0 else jax.tree.map(lambda s: s[0], empty), **one)
             y.append(out)
         ys.append(np.concatenate(y))
         states.append(h)
-    return np.stack(ys), np.stack(states)
+    return np.stack(ys), jax.tree.map(lambda *s: np.stack(s), *states)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="implementation")
@@ -155,6 +106,11 @@ def error(actual, wanted):
     return max(np.linalg.norm(np.asarray(a, float) - w) / (np.linalg.norm(w) + 1e-30) for a, w in flat)
 
 
+def inner(a, b):
+    """The inner product of two trees."""
+    return sum(jax.tree.leaves(jax.tree.map(lambda x, y: np.sum(x * y), a, b)))
+
+
 @every_op
 @every_case
 def test_reference_in_float64_agrees_with_numpy(name, case):
@@ -168,11 +124,11 @@ def test_reference_in_float64_agrees_with_numpy(name, case):
     for key in [*arguments, *(["state"] if case.state else [])]:
         point = {**arguments, "state": state}
         gradient = gradients[1] if key == "state" else gradients[0][key]
-        direction = rng.normal(size=point[key].shape) * point[key]
-        point[key] = point[key] + 1e-30j * direction
+        direction = jax.tree.map(lambda v: rng.normal(size=v.shape) * v, point[key])
+        point[key] = jax.tree.map(lambda v, d: v + 1e-30j * d, point[key], direction)
         moved = by_documents(op, {k: point[k] for k in arguments}, point["state"], segment_ids)
-        slope = sum(np.sum(g * np.imag(y)) for g, y in zip(cotangents, moved, strict=True)) / 1e-30
-        np.testing.assert_allclose(np.sum(gradient * direction), slope, rtol=1e-9, atol=1e-12, err_msg=key)
+        slope = inner(cotangents, jax.tree.map(np.imag, moved)) / 1e-30
+        np.testing.assert_allclose(inner(gradient, direction), slope, rtol=1e-9, atol=1e-12, err_msg=key)
 
 
 def cast(tree, dtype):
@@ -185,7 +141,7 @@ def test_float32(name, implementation, case):
     op = OPS[name]
     outputs, gradients = run(op, *cast(problem(op, case), jnp.float32), implementation=implementation)
     assert {v.dtype for v in jax.tree.leaves((outputs, gradients))} == {jnp.dtype(jnp.float32)}
-    assert error((outputs, gradients), expected(name, case)) < (2e-5 if case.wide else 2e-6)
+    assert error((outputs, gradients), expected(name, case)) < (op.wide_tolerance if case.wide else op.tolerance)
 
 
 @every_implementation
@@ -193,17 +149,17 @@ def test_bfloat16(name, implementation):
     op, case = OPS[name], CASES["segments"]
     arguments, state, segment_ids, cotangents = problem(op, case)
     arguments, cotangents = cast((arguments, cotangents), jnp.bfloat16)
-    state = jnp.asarray(state, jnp.float32)
+    state = cast(state, jnp.float32)
     (y, final), (gradients, d_state) = run(op, arguments, state, segment_ids, cotangents, implementation=implementation)
     with jax.enable_x64(True):
         exact = jax.tree.map(lambda v: np.asarray(v, float), (arguments, state, cotangents))
         wanted = run(op, *exact[:2], segment_ids, exact[2], implementation="reference")
         (wanted_y, wanted_final), (wanted_gradients, wanted_d_state) = jax.tree.map(np.asarray, wanted)
     assert y.dtype == jnp.bfloat16
-    assert final.dtype == d_state.dtype == jnp.float32
+    assert {v.dtype for v in jax.tree.leaves((final, d_state))} == {jnp.dtype(jnp.float32)}
     assert all(v.dtype == jnp.bfloat16 for v in gradients.values())
     assert error((y, gradients), (wanted_y, wanted_gradients)) < 2.0**-8  # that of one rounding to bfloat16
-    assert error((final, d_state), (wanted_final, wanted_d_state)) < 2e-6  # float32 inside, whatever comes in
+    assert error((final, d_state), (wanted_final, wanted_d_state)) < op.tolerance  # float32 inside, whatever comes in
 
 
 @every_fast_implementation
@@ -216,7 +172,7 @@ def test_split_anywhere(name, implementation, split):
     def parts(arguments, state):
         ys = []
         for part in (slice(0, split), slice(split, None)):
-            here = {key: v[:, part] if key in BY_TOKEN else v for key, v in arguments.items()}
+            here = {key: v[:, part] if key in op.by_token else v for key, v in arguments.items()}
             y, state = op.call(**here, initial_state=state, implementation=implementation)
             ys.append(y)
         return jnp.concatenate(ys, 1), state
@@ -226,7 +182,7 @@ def test_split_anywhere(name, implementation, split):
         outputs, vjp = jax.vjp(parts, arguments, state)
         return outputs, vjp(cotangents)
 
-    assert error(outputs_and_gradients(arguments, state), expected(name, case)) < 2e-6
+    assert error(outputs_and_gradients(arguments, state), expected(name, case)) < op.tolerance
 
 
 @every_implementation
@@ -234,14 +190,14 @@ def test_token_by_token_under_scan(name, implementation):
     """Decoding: a scan over calls with T = 1 that carries the state."""
     op, case = OPS[name], Case(2, 33)
     arguments, state, _, _ = cast(problem(op, case), jnp.float32)
-    tokens = {key: jnp.moveaxis(v, 1, 0)[:, :, None] for key, v in arguments.items() if key in BY_TOKEN}
+    tokens = {key: jnp.moveaxis(v, 1, 0)[:, :, None] for key, v in arguments.items() if key in op.by_token}
 
     def step(state, token):
         y, state = op.call(**arguments | token, initial_state=state, implementation=implementation)
         return state, y[:, 0]
 
     final, y = jax.jit(lambda state: jax.lax.scan(step, state, tokens))(state)
-    assert error((jnp.moveaxis(y, 0, 1), final), expected(name, case)[0]) < 2e-6
+    assert error((jnp.moveaxis(y, 0, 1), final), expected(name, case)[0]) < op.tolerance
 
 
 @every_implementation
@@ -257,16 +213,18 @@ def test_packed_equals_separate(name, implementation, segment_ids, data):
     first = data.draw(st.integers(0, len(edges) - 2))
     inside = np.zeros((2, case.T), bool)
     inside[0, edges[first] : edges[first + 1]] = True
-    dy, dh = dy * inside[:, :, None], dh * 0
+    dy, dh = np.where(inside.reshape(2, -1, *(1,) * (dy.ndim - 2)), dy, 0), jax.tree.map(np.zeros_like, dh)
     given = cast((arguments, state, segment_ids, (dy, dh)), jnp.float32)
     outputs, (gradients, d_state) = run(op, *given, implementation=implementation)
-    assert error(outputs, by_documents(op, arguments, state, segment_ids)) < 2e-6
-    for key in BY_TOKEN & set(arguments):
+    assert error(outputs, by_documents(op, arguments, state, segment_ids)) < op.tolerance
+    for key in op.by_token & set(arguments):
         assert not np.any(np.asarray(gradients[key])[~inside]), key
     if first > 0:
-        assert not np.any(d_state)
+        assert not any(np.any(d) for d in jax.tree.leaves(d_state))
     # Nor may anything in another document, up to overflow, change a bit of this one.
-    loud = {key: np.where(inside[:, :, None], v, 3e38) if key == "x" else v for key, v in arguments.items()}
+    loud = jax.tree.map(np.copy, arguments)
+    for key in op.loud:
+        loud[key][~inside] = 3e38
     louder, _ = run(op, *cast((loud, state, segment_ids, (dy, dh)), jnp.float32), implementation=implementation)
     np.testing.assert_array_equal(np.asarray(louder[0])[inside], np.asarray(outputs[0])[inside])
 
@@ -281,11 +239,12 @@ def test_vmap(name, implementation):
         return run(op, arguments | by_token, state, segment_ids, cotangents, implementation=implementation)
 
     rows = jax.tree.map(
-        lambda v: v[:, None], ({k: arguments[k] for k in arguments if k in BY_TOKEN}, state, segment_ids, cotangents)
+        lambda v: v[:, None], ({k: arguments[k] for k in arguments if k in op.by_token}, state, segment_ids, cotangents)
     )
     (y, final), (gradients, d_state) = jax.vmap(one)(*rows)
-    per_row = {key: v[:, 0] if key in BY_TOKEN else v.sum(0) for key, v in gradients.items()}
-    assert error(((y[:, 0], final[:, 0]), (per_row, d_state[:, 0])), expected(name, case)) < 2e-6
+    per_row = {key: v[:, 0] if key in op.by_token else v.sum(0) for key, v in gradients.items()}
+    final, d_state = jax.tree.map(lambda v: v[:, 0], (final, d_state))
+    assert error(((y[:, 0], final), (per_row, d_state)), expected(name, case)) < op.tolerance
 
 
 def sharded(op, case, implementation, manual):
@@ -293,7 +252,7 @@ def sharded(op, case, implementation, manual):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
     given = cast(problem(op, case), jnp.float32)
     rows, everywhere = PartitionSpec("data"), PartitionSpec()
-    specs = ({key: rows if key in BY_TOKEN else everywhere for key in given[0]}, rows, rows, (rows, rows))
+    specs = ({key: rows if key in op.by_token else everywhere for key in given[0]}, rows, rows, (rows, rows))
     call = functools.partial(run, op, implementation=implementation)
     if manual:
         call = jax.shard_map(call, mesh=mesh, in_specs=specs, out_specs=(specs[3], specs[:2]))
@@ -306,14 +265,14 @@ def sharded(op, case, implementation, manual):
 def test_shard_map(name, implementation):
     """With the types of varying values checked; the gradients of the weights are summed over the mesh."""
     outputs, _ = sharded(OPS[name], CASES["segments"], implementation, manual=True)
-    assert error(outputs, expected(name, CASES["segments"])) < 2e-6
+    assert error(outputs, expected(name, CASES["segments"])) < OPS[name].tolerance
 
 
 @every_fast_implementation
 def test_sharded_under_jit(name, implementation):
     """Without a collective in the body of a loop, where it would run once per token."""
     outputs, text = sharded(OPS[name], CASES["segments"], implementation, manual=False)
-    assert error(outputs, expected(name, CASES["segments"])) < 2e-6
+    assert error(outputs, expected(name, CASES["segments"])) < OPS[name].tolerance
     loops, entry = text.split("\nENTRY")
     assert " all-reduce(" in entry
     assert " all-reduce(" not in loops
@@ -325,13 +284,14 @@ def test_second_derivative(name, implementation):
     """A gradient of a gradient is right, if not fast."""
     op, case = OPS[name], CASES["less than a chunk"]
     arguments, _, _, (dy, _) = problem(op, case)
+    key = min(op.loud)
 
     def penalty(arguments, implementation):
         def loss(x):
-            y, state = op.call(**arguments | {"x": x}, implementation=implementation)
-            return jnp.sum(jnp.sin(y) * dy.astype(y.dtype)) + jnp.sum(state**2)
+            y, state = op.call(**arguments | {key: x}, implementation=implementation)
+            return jnp.sum(jnp.sin(y) * dy.astype(y.dtype)) + sum(jnp.sum(s**2) for s in jax.tree.leaves(state))
 
-        return jnp.sum(jax.grad(loss)(arguments["x"]) ** 2)
+        return jnp.sum(jax.grad(loss)(arguments[key]) ** 2)
 
     second = jax.jit(jax.grad(penalty), static_argnums=1)
     with jax.enable_x64(True):
