@@ -1,4 +1,4 @@
-"""The language model: embedding, a repeated pattern of blocks, a norm and a head."""
+"""The language model: embeddings, blocks, a norm and a head."""
 
 from typing import Any, NamedTuple
 
@@ -6,59 +6,111 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from phyla.models.config import BlockConfig, ModelConfig
+from phyla.models.config import Activation, BlockConfig, ModelConfig
 from phyla.models.cursor import Cursor, advance, start
 from phyla.models.errors import UserError
-from phyla.models.layers import Embedding, Linear, build_norm
+from phyla.models.layers import ACTIVATIONS, Embedding, Linear, build_norm
+from phyla.models.weights import constant, parameter
 
 
 class ModelState(NamedTuple):
-    """What the model remembers of the tokens so far."""
+    """What the model remembers of the tokens so far. A block's state is those of its mixer and its channel mixer."""
 
-    blocks: tuple[Any, ...]  # one mixer state for each block of the pattern, stacked over its repeats
+    prefix: tuple[Any, ...]  # one for each block of the prefix
+    blocks: tuple[Any, ...]  # one for each block of the pattern, stacked over its repeats
     cursor: Cursor
 
 
-class Block(nnx.Module):
-    """One mixer and at most one channel mixer, each normalised before and added to the residual stream."""
+class Output(NamedTuple):
+    """Of a model."""
 
-    def __init__(self, config: BlockConfig, model: ModelConfig, rngs: nnx.Rngs):
+    hidden: jax.Array  # [B, T, D] in the compute dtype, normalised, for `logits`
+    state: ModelState | None  # after the last token; None if None was given
+    routing: tuple[Any, ...]  # a `Routing` of each mixture of experts in prefix and pattern, stacked over layers
+
+
+class Block(nnx.Module):
+    """One mixer and at most one channel mixer, each normalised and added to the residual stream."""
+
+    def __init__(self, config: BlockConfig, model: ModelConfig, rngs: nnx.Rngs, layer: jax.Array | int):
         self.dtype = jnp.dtype(model.dtype)
+        self.norm_first = model.norm_position == "pre"
         self.mixer_norm = build_norm(model, rngs)
-        self.mixer = config.mixer.build(model, rngs)
+        self.mixer = config.mixer.build(model, rngs, layer)
         self.has_channel = config.channel is not None
         if config.channel is not None:
             self.channel_norm = build_norm(model, rngs)
-            self.channel = config.channel.build(model, rngs)
+            self.channel = config.channel.build(model, rngs, layer)
 
-    def __call__(self, x: jax.Array, state: Any, segment_ids: jax.Array | None) -> tuple[jax.Array, Any]:
-        """float32 [B, T, D] -> float32 [B, T, D] and the mixer's state."""
-        y, state = self.mixer(self.mixer_norm(x).astype(self.dtype), state, segment_ids)
-        x = x + y
+    def initial_state(self, batch: int, length: int) -> tuple[Any, Any]:
+        """Of the mixer and of the channel mixer."""
+        channel = self.channel.initial_state(batch, length) if self.has_channel else None
+        return self.mixer.initial_state(batch, length), channel
+
+    def __call__(
+        self, x: jax.Array, value: jax.Array | None, state: Any, segment_ids: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None, Any, Any]:
+        """The residual stream, float32 [B, T, D], and the shared value; both again, the block's state, its routing."""
+        mixer_state, channel_state = (None, None) if state is None else state
+        routing = None
+        inputs = self._input(x, self.mixer_norm), mixer_state, segment_ids
+        if self.mixer.shares_value:
+            y, mixer_state, value = self.mixer(*inputs, value)
+        else:
+            y, mixer_state = self.mixer(*inputs)
+        x = self._add(x, y, self.mixer_norm)
         if self.has_channel:
-            x = x + self.channel(self.channel_norm(x).astype(self.dtype))
-        return x, state
+            inputs = self._input(x, self.channel_norm), channel_state, segment_ids
+            if self.channel.routes:
+                y, channel_state, routing = self.channel(*inputs)
+            else:
+                y, channel_state = self.channel(*inputs)
+            x = self._add(x, y, self.channel_norm)
+        return x, value, (mixer_state, channel_state), routing
+
+    def _input(self, x: jax.Array, norm: Any) -> jax.Array:
+        return (norm(x) if self.norm_first else x).astype(self.dtype)
+
+    def _add(self, x: jax.Array, y: jax.Array, norm: Any) -> jax.Array:
+        return x + y if self.norm_first else norm(x + y)
 
 
 class Period(nnx.Module):
-    """One pass over the pattern."""
+    """One pass over the pattern, of which the first block is the model's block number `layer`."""
 
-    def __init__(self, model: ModelConfig, rngs: nnx.Rngs):
-        self.blocks = nnx.List([Block(block, model, rngs) for block in model.pattern])
+    def __init__(self, model: ModelConfig, rngs: nnx.Rngs, layer: jax.Array | int):
+        self.blocks = nnx.List([Block(block, model, rngs, layer + i) for i, block in enumerate(model.pattern)])
 
-    def __call__(self, x: jax.Array, states: tuple | None, segment_ids: jax.Array | None) -> tuple[jax.Array, tuple]:
-        """See `Block`; one state for each block."""
-        after = []
+    def __call__(
+        self, x: jax.Array, value: jax.Array | None, states: tuple | None, segment_ids: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None, tuple, tuple]:
+        """See `Block`; one state for each block, one routing for each mixture of experts."""
+        after, routings, first = [], [], value
         for i, block in enumerate(self.blocks):
-            x, state = block(x, None if states is None else states[i], segment_ids)
+            state = None if states is None else states[i]
+            x, value, state, routing = block(x, value if first is not None else None, state, segment_ids)
             after.append(state)
-        return x, tuple(after)
+            routings += [] if routing is None else [routing]
+        return x, first, tuple(after), tuple(routings)
+
+
+class HeadTransform(nnx.Module):
+    """norm(activation(linear(x))), from the model's width to the embedding's (Devlin et al. 2019, the MLM head)."""
+
+    def __init__(self, model: ModelConfig, activation: Activation, width: int, rngs: nnx.Rngs):
+        self.linear = Linear((model.width, width), ("embed", "embed_out"), rngs, bias=True)
+        self.norm = build_norm(model, rngs, width)
+        self.activation: Activation = activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., E]."""
+        return self.norm(ACTIVATIONS[self.activation](self.linear(x))).astype(x.dtype)
 
 
 class LanguageModel(nnx.Module):
     """A model built from its configuration.
 
-    The blocks are stacked over the pattern's repeats and scanned, so that compile time does not grow with depth.
+    The blocks of the pattern are stacked over its repeats and scanned, so that compile time does not grow with depth.
 
     Raises UserError, naming the field, where the configuration contradicts itself.
     """
@@ -68,64 +120,141 @@ class LanguageModel(nnx.Module):
             raise UserError("model.vocab_size is not set: the tokenizer decides it")
         self.config = config
         self.dtype = jnp.dtype(config.dtype)
-        self.embedding = Embedding(config.vocab_size, config.width, rngs)
+        D, E = config.width, config.embedding_width or config.width
+        self.embedding = Embedding(config.vocab_size, E, rngs)
         if config.learned_positions:
-            axes = ("positions", "embed")
-            self.position_embedding = Embedding(config.learned_positions, config.width, rngs, axes=axes)
-        keys = jax.random.split(rngs.params(), config.repeats)
-        self.periods = jax.vmap(lambda key: Period(config, nnx.Rngs(params=key)))(keys)
+            self.position_embedding = Embedding(config.learned_positions, E, rngs, axes=("positions", "embed"))
+        if config.token_types:
+            self.type_embedding = Embedding(config.token_types, E, rngs, axes=("token_types", "embed"))
+        if config.embedding_norm:
+            self.embedding_norm = build_norm(config, rngs, E)
+        if config.embedding_width:
+            self.embedding_projection = Linear((E, D), ("embed_out", "embed"), rngs, bias=True)
+        self.prefix = nnx.List([Block(block, config, rngs, i) for i, block in enumerate(config.prefix)])
+        groups = config.groups or config.repeats
+        keys = jax.random.split(rngs.params(), groups)
+        firsts = len(config.prefix) + jnp.arange(groups) * (config.repeats // groups) * len(config.pattern)
+        self.periods = jax.vmap(lambda key, layer: Period(config, nnx.Rngs(params=key), layer))(keys, firsts)
         for _, variable in nnx.to_flat_state(nnx.state(self.periods)):
             variable.set_metadata(axes=("layers", *variable.get_metadata()["axes"]))
-        self.norm = build_norm(config, rngs)
+        if config.final_norm:
+            self.norm = build_norm(config, rngs)
+        if config.head_transform:
+            self.head_transform = HeadTransform(config, config.head_transform, E, rngs)
+        elif config.embedding_width:
+            self.head_projection = Linear((D, E), ("embed", "embed_out"), rngs)
         if not config.tie_embeddings:
-            self.head = Linear((config.width, config.vocab_size), ("embed", "vocab"), rngs)
+            self.head = Linear((E, config.vocab_size), ("embed", "vocab"), rngs)
+        if config.head_bias:
+            self.head_bias = parameter(constant(0.0), (config.vocab_size,), ("vocab",), rngs)
 
     def initial_state(self, batch: int, length: int) -> ModelState:
         """The state before the first token, with room for `length` tokens where a mixer keeps them all."""
 
         def stacked(block: Block) -> Any:
-            state = block.mixer.initial_state(batch, length)
+            state = block.initial_state(batch, length)
             return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (self.config.repeats, *leaf.shape)), state)
 
-        return ModelState(tuple(stacked(block) for block in self.periods.blocks), start(batch))
+        return ModelState(
+            prefix=tuple(block.initial_state(batch, length) for block in self.prefix),
+            blocks=tuple(stacked(block) for block in self.periods.blocks),
+            cursor=start(batch),
+        )
 
     def __call__(
-        self, tokens: jax.Array, state: ModelState | None = None, segment_ids: jax.Array | None = None
-    ) -> tuple[jax.Array, Any]:
-        """Hidden vectors, normalised, for `logits`; and the state after the last token (None if None was given).
+        self,
+        tokens: jax.Array,
+        state: ModelState | None = None,
+        segment_ids: jax.Array | None = None,
+        token_types: jax.Array | None = None,
+    ) -> tuple[jax.Array, ModelState | None]:
+        """`forward` without the routing: (hidden, state)."""
+        return self.forward(tokens, state, segment_ids, token_types)[:2]
+
+    def forward(
+        self,
+        tokens: jax.Array,
+        state: ModelState | None = None,
+        segment_ids: jax.Array | None = None,
+        token_types: jax.Array | None = None,
+    ) -> Output:
+        """Hidden vectors for `logits`, the state after the last token, and how experts were used.
 
         Args:
             tokens: integers [B, T].
             state: from `initial_state` or an earlier call; None for a sequence that is given whole.
             segment_ids: [B, T], a number for each document (0: padding); None: one document, or the state's goes on.
-
-        Returns:
-            hidden [B, T, D] in the compute dtype, and the `ModelState` (None if None was given).
+            token_types: [B, T], below `config.token_types`; None: all 0.
 
         Raises UserError for more tokens than learned positions.
         """
-        config = self.config
-        if config.learned_positions and tokens.shape[1] > config.learned_positions:
-            raise UserError(f"{tokens.shape[1]} tokens do not fit model.learned_positions {config.learned_positions}")
-        x_BxTxD = self.embedding(tokens)
-        _, positions_BxT, cursor = advance(state and state.cursor, segment_ids, *tokens.shape)
-        if config.learned_positions:
-            x_BxTxD += self.position_embedding(positions_BxT)
+        x_BxTxD, cursor = self._embed(tokens, state, segment_ids, token_types)
+        value, prefix_states, routings = None, [], []
+        for i, block in enumerate(self.prefix):
+            before = None if state is None else state.prefix[i]
+            x_BxTxD, value, after, routing = block(x_BxTxD, value, before, segment_ids)
+            prefix_states.append(after)
+            routings += [] if routing is None else [jax.tree.map(lambda leaf: leaf[None], routing)]
 
-        def body(x, period_and_state):
-            period, block_states = period_and_state
-            return period(x, block_states, segment_ids)
+        def body(carry, period_and_state):
+            period, states = period_and_state
+            x, value, states, routing = period(*carry, states, segment_ids)
+            return (x, value), (states, routing)
 
-        if config.remat == "full":
+        if self.config.remat == "full":
             body = jax.checkpoint(body)
-        elif config.remat == "dots":
+        elif self.config.remat == "dots":
             body = jax.checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
-        x_BxTxD, states = jax.lax.scan(body, x_BxTxD, (self.periods, state and state.blocks))
-        hidden_BxTxD = self.norm(x_BxTxD).astype(self.dtype)
-        return hidden_BxTxD, None if state is None else ModelState(states, cursor)
+        states = None if state is None else state.blocks
+        (x_BxTxD, _), (states, routing) = self._scan(body, (x_BxTxD, value), states)
+        if self.config.final_norm:
+            x_BxTxD = self.norm(x_BxTxD)
+        after = None if state is None else ModelState(tuple(prefix_states), states, cursor)
+        return Output(x_BxTxD.astype(self.dtype), after, (*routings, *routing))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> float32 [..., V]."""
-        if self.config.tie_embeddings:
-            return self.embedding.logits(hidden)
-        return self.head(hidden).astype(jnp.float32)
+        config = self.config
+        if config.head_transform:
+            hidden = self.head_transform(hidden)
+        elif config.embedding_width:
+            hidden = self.head_projection(hidden)
+        table = self.embedding.logits if config.tie_embeddings else self.head
+        logits = table(hidden).astype(jnp.float32)
+        if config.head_bias:
+            logits += self.head_bias[...]
+        if config.logit_cap is not None:
+            logits = config.logit_cap * jnp.tanh(logits / config.logit_cap)
+        return logits
+
+    def _embed(self, tokens, state, segment_ids, token_types) -> tuple[jax.Array, Cursor]:
+        """float32 [B, T, D], and the cursor after the tokens."""
+        config = self.config
+        if config.learned_positions and tokens.shape[1] > config.learned_positions:
+            raise UserError(f"{tokens.shape[1]} tokens do not fit model.learned_positions {config.learned_positions}")
+        x_BxTxE = self.embedding(tokens)
+        _, positions_BxT, cursor = advance(state and state.cursor, segment_ids, *tokens.shape)
+        if config.learned_positions:
+            x_BxTxE += self.position_embedding(positions_BxT)
+        if config.token_types:
+            x_BxTxE += self.type_embedding(jnp.zeros_like(tokens) if token_types is None else token_types)
+        if config.embedding_norm:
+            x_BxTxE = self.embedding_norm(x_BxTxE)
+        if config.embedding_width:
+            x_BxTxE = self.embedding_projection(x_BxTxE.astype(self.dtype)).astype(jnp.float32)
+        return x_BxTxE, cursor
+
+    def _scan(self, body: Any, carry: Any, states: Any) -> tuple[Any, Any]:
+        """`body` over the repeats of the pattern; with groups, over those of each group inside."""
+        if self.config.groups in (None, self.config.repeats):
+            return jax.lax.scan(body, carry, (self.periods, states))
+        uses = self.config.repeats // self.config.groups
+        fold = lambda leaf: leaf.reshape(-1, uses, *leaf.shape[1:])  # noqa: E731
+        unfold = lambda leaf: leaf.reshape(-1, *leaf.shape[2:])  # noqa: E731
+
+        def group(carry, period_and_states):
+            period, states = period_and_states
+            return jax.lax.scan(lambda carry, state: body(carry, (period, state)), carry, states, length=uses)
+
+        carry, after = jax.lax.scan(group, carry, (self.periods, jax.tree.map(fold, states)))
+        return carry, jax.tree.map(unfold, after)

@@ -1,4 +1,6 @@
-"""The layers that hold parameters: linear maps, embeddings and norms."""
+"""What mixers and channel mixers are, and the layers that hold parameters: linear maps, embeddings and norms."""
+
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +8,31 @@ from flax import nnx
 
 from phyla.models.config import ModelConfig
 from phyla.models.weights import Initializer, Weight, constant, fan_in, materialize, matmul, normal, parameter
+
+ACTIVATIONS = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
+}
+
+
+class Layer(nnx.Module):
+    """A sequence mixer or a channel mixer: `layer(x_BxTxD, state=None, segment_ids=None) -> (y_BxTxD, state)`.
+
+    Training passes the state None and gets None. Prefill passes `initial_state(batch, length)` and gets the state
+    after the last token; decoding is the same call with T = 1. A change in `segment_ids` starts a new document.
+    """
+
+    shares_value: ClassVar[bool] = False
+    """Takes the value of the first such layer, or None, as a fourth argument and returns it third (RWKV-7)."""
+    routes: ClassVar[bool] = False
+    """Returns a `Routing` third (mixtures of experts)."""
+
+    def initial_state(self, batch: int, length: int) -> Any:
+        """The state before the first token, with room for `length` tokens if it keeps them all; None: stateless."""
+        return None
 
 
 class Linear(nnx.Module):
@@ -61,9 +88,9 @@ class RMSNorm(nnx.Module):
 class LayerNorm(nnx.Module):
     """(x - mean) / std · scale + bias over the last dimension, in float32 (Ba et al. 2016)."""
 
-    def __init__(self, width: int, rngs: nnx.Rngs, *, epsilon: float, axis: str = "norm"):
+    def __init__(self, width: int, rngs: nnx.Rngs, *, epsilon: float, axis: str = "norm", bias: bool = True):
         self.scale = parameter(constant(1.0), (width,), (axis,), rngs)
-        self.bias = parameter(constant(0.0), (width,), (axis,), rngs)
+        self.bias = parameter(constant(0.0), (width,), (axis,), rngs) if bias else None
         self.epsilon = epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -71,10 +98,13 @@ class LayerNorm(nnx.Module):
         x = x.astype(jnp.float32)
         x = x - jnp.mean(x, -1, keepdims=True)
         variance = jnp.mean(jnp.square(x), -1, keepdims=True)
-        return x * jax.lax.rsqrt(variance + self.epsilon) * self.scale[...] + self.bias[...]
+        y = x * jax.lax.rsqrt(variance + self.epsilon) * self.scale[...]
+        return y if self.bias is None else y + self.bias[...]
 
 
-def build_norm(model: ModelConfig, rngs: nnx.Rngs) -> RMSNorm | LayerNorm:
-    """The norm that the model's configuration names, over its width."""
-    norm = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}[model.norm]
-    return norm(model.width, rngs, epsilon=model.norm_epsilon)
+def build_norm(model: ModelConfig, rngs: nnx.Rngs, width: int | None = None) -> RMSNorm | LayerNorm:
+    """The norm that the model's configuration names, over its width or another."""
+    width = model.width if width is None else width
+    if model.norm == "rmsnorm":
+        return RMSNorm(width, rngs, epsilon=model.norm_epsilon)
+    return LayerNorm(width, rngs, epsilon=model.norm_epsilon, bias=model.norm_bias)

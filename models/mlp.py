@@ -2,25 +2,14 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from phyla.models.config import LayerConfig, ModelConfig
+from phyla.models.config import Activation, LayerConfig, ModelConfig
 from phyla.models.errors import UserError
-from phyla.models.layers import Linear
+from phyla.models.layers import ACTIVATIONS, Layer, Linear
 from phyla.models.weights import fan_in
-
-Activation = Literal["gelu", "gelu_tanh", "silu", "relu", "relu_squared"]
-ACTIVATIONS = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "silu": jax.nn.silu,
-    "relu": jax.nn.relu,
-    "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +23,8 @@ class MLPConfig(LayerConfig):
     bias: bool = False
     """Biases on both."""
 
-    def build(self, model: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
+    def build(self, model: ModelConfig, rngs: nnx.Rngs, layer: jax.Array | int) -> "MLP":
         """See `LayerConfig.build`."""
-        if self.hidden(model) < 1:
-            raise UserError(f"mlp.expand must give at least one hidden channel, not {self.expand}")
         return MLP(self, model, rngs)
 
     def hidden(self, model: ModelConfig) -> int:
@@ -54,25 +41,28 @@ class GatedMLPConfig(MLPConfig):
     activation: Activation = "silu"
     """Of the gate."""
 
-    def build(self, model: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
+    def build(self, model: ModelConfig, rngs: nnx.Rngs, layer: jax.Array | int) -> "GatedMLP":
         """See `LayerConfig.build`."""
-        super().build(model, rngs)
         return GatedMLP(self, model, rngs)
 
 
-class MLP(nnx.Module):
+class MLP(Layer):
     """See `MLPConfig`."""
 
     def __init__(self, config: MLPConfig, model: ModelConfig, rngs: nnx.Rngs):
         d, hidden = model.width, config.hidden(model)
+        if hidden < 1:
+            raise UserError(f"mlp.expand must give at least one hidden channel, not {config.expand}")
         self.activation = config.activation
         self.up = Linear((d, hidden), ("embed", "mlp"), rngs, bias=config.bias)
         out = fan_in(1 / math.sqrt(2 * model.layers))
         self.down = Linear((hidden, d), ("mlp", "embed"), rngs, bias=config.bias, init=out)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., D] -> [..., D]."""
-        return self.down(ACTIVATIONS[self.activation](self.up(x)))
+    def __call__(
+        self, x: jax.Array, state: None = None, segment_ids: jax.Array | None = None
+    ) -> tuple[jax.Array, None]:
+        """[..., D] -> [..., D]; stateless."""
+        return self.down(ACTIVATIONS[self.activation](self.up(x))), None
 
 
 class GatedMLP(MLP):
@@ -82,6 +72,8 @@ class GatedMLP(MLP):
         super().__init__(config, model, rngs)
         self.gate = Linear((model.width, config.hidden(model)), ("embed", "mlp"), rngs, bias=config.bias)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., D] -> [..., D]."""
-        return self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
+    def __call__(
+        self, x: jax.Array, state: None = None, segment_ids: jax.Array | None = None
+    ) -> tuple[jax.Array, None]:
+        """[..., D] -> [..., D]; stateless."""
+        return self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x)), None

@@ -27,12 +27,17 @@ def flops_per_token(config: ModelConfig, length: int) -> float:
 
     A training step takes three times as many: Kaplan et al. 2020, section 2.1.
     """
+    uses = config.repeats // (config.groups or config.repeats)  # of parameters that repeats share
     parameters = nnx.to_flat_state(nnx.state(abstract(config)))
-    matrices = sum(math.prod(p.shape) for _, p in parameters if p.get_metadata()["matrix"])
+    matrices = sum(
+        math.prod(p.shape) * (uses if path[0] == "periods" else 1)
+        for path, p in parameters
+        if p.get_metadata()["matrix"]
+    )
     if config.tie_embeddings:
-        matrices += (config.vocab_size or 0) * config.width
-    layers = [layer for block in config.pattern for layer in (block.mixer, block.channel) if layer is not None]
-    return 2 * matrices + config.repeats * sum(layer.flops_per_token(config, length) for layer in layers)
+        matrices += (config.vocab_size or 0) * (config.embedding_width or config.width)
+    layers = [layer for block in config.blocks for layer in (block.mixer, block.channel) if layer is not None]
+    return 2 * matrices + sum(layer.flops_per_token(config, length) for layer in layers)
 
 
 def fit_width(config: ModelConfig, parameters: int, tolerance: float = 0.01) -> ModelConfig:

@@ -1,4 +1,4 @@
-"""Sequence mixers, one file each: `mixer(x_BxTxD, state=None, segment_ids=None) -> (y_BxTxD, state)`.
+"""Sequence mixers, one file each, with the channel mixers that belong to them (`phyla.models.layers.Layer`).
 
 The state is an explicit pytree of arrays [B, ...]. Training passes None and gets None. Prefill passes
 `mixer.initial_state(batch, length)` and gets the state after the last token; decoding is the same call with T = 1.

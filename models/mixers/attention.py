@@ -12,7 +12,7 @@ from flax import nnx
 from phyla.models.config import LayerConfig, ModelConfig
 from phyla.models.cursor import Cursor, advance, start
 from phyla.models.errors import UserError
-from phyla.models.layers import Linear, RMSNorm
+from phyla.models.layers import Layer, Linear, RMSNorm
 from phyla.models.weights import fan_in
 
 
@@ -41,7 +41,7 @@ class AttentionConfig(LayerConfig):
     out_bias: bool = False
     """Bias on the output projection."""
 
-    def build(self, model: ModelConfig, rngs: nnx.Rngs) -> "Attention":
+    def build(self, model: ModelConfig, rngs: nnx.Rngs, layer: jax.Array | int) -> "Attention":
         """See `LayerConfig.build`."""
         kv_heads = self.heads if self.kv_heads is None else self.kv_heads
         for name, value in (("heads", self.heads), ("kv_heads", kv_heads), ("window", self.window)):
@@ -86,7 +86,7 @@ class Cache(NamedTuple):
     cursor: Cursor
 
 
-class Attention(nnx.Module):
+class Attention(Layer):
     """See `AttentionConfig`."""
 
     def __init__(self, config: AttentionConfig, model: ModelConfig, rngs: nnx.Rngs):

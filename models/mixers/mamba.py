@@ -13,7 +13,7 @@ from phyla.kernels.selective_scan import selective_scan
 from phyla.models.config import LayerConfig, ModelConfig
 from phyla.models.cursor import Cursor, advance, carry, start
 from phyla.models.errors import UserError
-from phyla.models.layers import Linear
+from phyla.models.layers import Layer, Linear
 from phyla.models.weights import constant, fan_in, parameter
 
 
@@ -34,7 +34,7 @@ class MambaConfig(LayerConfig):
     conv_bias: bool = True
     """Bias on the convolution."""
 
-    def build(self, model: ModelConfig, rngs: nnx.Rngs) -> "Mamba":
+    def build(self, model: ModelConfig, rngs: nnx.Rngs, layer: jax.Array | int) -> "Mamba":
         """See `LayerConfig.build`."""
         for name in ("state", "conv"):
             if getattr(self, name) < 1:
@@ -60,7 +60,7 @@ class MambaState(NamedTuple):
     cursor: Cursor
 
 
-class Mamba(nnx.Module):
+class Mamba(Layer):
     """See `MambaConfig`."""
 
     def __init__(self, config: MambaConfig, model: ModelConfig, rngs: nnx.Rngs):

@@ -138,13 +138,15 @@ def test_left_padding_changes_nothing(architecture):
 def test_scanned_equals_unrolled(architecture):
     model = perturbed(architecture)
     tokens = tokens_of(architecture, B, T)
-    x = model.embedding(tokens)
-    if architecture.learned_positions:
-        x += model.position_embedding(jnp.arange(T))
+    x, value = model._embed(tokens, None, None, None)[0], None
+    for block in model.prefix:
+        x, value, *_ = block(x, value, None, None)
     for repeat in range(architecture.repeats):
-        period = jax.tree.map(lambda leaf, repeat=repeat: leaf[repeat], model.periods)
-        x, _ = period(x, None, None)
-    close(model.logits(model.norm(x)), logits(model, tokens)[0])
+        group = repeat * (architecture.groups or architecture.repeats) // architecture.repeats
+        period = jax.tree.map(lambda leaf, group=group: leaf[group], model.periods)
+        x, *_ = period(x, value, None, None)
+    x = model.norm(x) if architecture.final_norm else x
+    close(model.logits(x), logits(model, tokens)[0])
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
@@ -183,8 +185,8 @@ def test_a_gradient_reaches_every_parameter(architecture):
             continue
         touched = jnp.abs(gradient[...]) > 0
         rows = touched.reshape(touched.shape[0], -1).any(axis=1)
-        # Of the embedding only the rows that occur, unless it is the head too.
-        assert rows.all() or path == ("embedding", "weight"), path
+        # Of an embedding only the rows that occur, unless it is the head too.
+        assert rows.all() or path in (("embedding", "weight"), ("type_embedding", "weight")), path
         assert touched.any(), path
 
 
@@ -212,16 +214,18 @@ def test_every_parameter_says_what_the_house_needs_to_know(architecture):
         known = parameter.get_metadata()
         assert len(known["axes"]) == parameter.ndim, path
         assert (path[0] == "periods") == (known["axes"][0] == "layers"), path
+        table = str(path[0]) in ("embedding", "position_embedding", "type_embedding")
         matrix = path[-1] in ("weight", "conv_weight")
         assert known["weight_decay"] == matrix, path  # A_log, D, norms and biases do not decay
-        assert known["matrix"] == (path[-1] == "weight" and "embedding" not in str(path[0])), path
+        assert known["matrix"] == (path[-1] == "weight" and not table), path
 
 
 def test_compile_time_is_flat_in_depth(architecture):
     tokens = jnp.zeros((1, 4), jnp.int32)
 
     def equations(repeats):
-        config = dataclasses.replace(architecture, layers=repeats * len(architecture.pattern))
+        layers = len(architecture.prefix) + repeats * len(architecture.pattern)
+        config = dataclasses.replace(architecture, layers=layers)
         graphdef, params = nnx.split(jax.eval_shape(lambda: LanguageModel(config, nnx.Rngs(0))))
         return str(jax.make_jaxpr(lambda p: nnx.merge(graphdef, p)(tokens)[0])(params)).count(" = ")
 
@@ -230,10 +234,13 @@ def test_compile_time_is_flat_in_depth(architecture):
 
 def test_the_residual_stream_and_its_norms_are_float32_whatever_the_dtype(architecture):
     """LayerNorm does not see what is added to every channel; in bfloat16, 512 would swallow the rest."""
-    model = perturbed(dataclasses.replace(architecture, dtype="bfloat16", norm="layernorm"))
+    model = perturbed(dataclasses.replace(architecture, dtype="bfloat16", norm="layernorm", norm_position="pre"))
     period = jax.tree.map(lambda leaf: leaf[0], model.periods)
     x = jax.random.normal(jax.random.key(4), (B, T, architecture.width))
-    near, far = period(x, None, None)[0] - x, period(x + 512, None, None)[0] - (x + 512)
+    value = None
+    for block in model.prefix:
+        _, value, *_ = block(x, value, None, None)
+    near, far = (period(stream, value, None, None)[0] - stream for stream in (x, x + 512))
     close(near, far, 0.03 * float(jnp.abs(near).max()))
 
 

@@ -108,7 +108,7 @@ def test_norms_work_in_float32(norm, dtype):
 def test_channel_mixers(activation, gated):
     config = (GatedMLPConfig if gated else MLPConfig)(expand=1.5, activation=activation, bias=True)
     model = ModelConfig(width=6, layers=2, vocab_size=7, pattern=(BlockConfig(mixer=MambaConfig(), channel=config),))
-    layer: Any = config.build(model, nnx.Rngs(0))
+    layer: Any = config.build(model, nnx.Rngs(0), 0)
     x = np.random.default_rng(0).standard_normal((2, 6))
     erf = np.vectorize(math.erf)
     exact = {

@@ -18,7 +18,7 @@ B, T, D = 2, 9, 12
 def build(config: LayerConfig, width: int = D):
     """The mixer, its parameters in float64 (none at zero or one), and an input."""
     model = ModelConfig(width=width, layers=2, vocab_size=7, pattern=(BlockConfig(mixer=config),))
-    mixer = config.build(model, nnx.Rngs(0))
+    mixer = config.build(model, nnx.Rngs(0), 0)
     graphdef, params = nnx.split(mixer)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda p: p + 0.1 * rng.standard_normal(p.shape).astype(np.float32), params)
@@ -129,7 +129,7 @@ def test_mamba_equals_its_definition(config):
 def test_mamba_begins_as_published():
     width = 256
     model = ModelConfig(width=width, layers=4, vocab_size=7, pattern=(BlockConfig(mixer=MambaConfig()),))
-    mixer = MambaConfig().build(model, nnx.Rngs(0))
+    mixer = MambaConfig().build(model, nnx.Rngs(0), 0)
     np.testing.assert_allclose(np.exp(mixer.A_log[...]), np.tile(np.arange(1, 17), (2 * width, 1)), rtol=1e-6)
     assert (mixer.D[...] == 1).all()
     dt = np.log1p(np.exp(np.asarray(mixer.dt_bias[...], np.float64)))
@@ -175,7 +175,7 @@ def test_mambas_step_size_and_state_are_float32_whatever_the_dtype():
     """Without input the state only decays, by exp(dt A) a token, with dt the softplus of its bias."""
     config = MambaConfig(state=3)
     model = ModelConfig(width=D, layers=1, vocab_size=7, pattern=(BlockConfig(mixer=config),), dtype="bfloat16")
-    mixer = config.build(model, nnx.Rngs(0))
+    mixer = config.build(model, nnx.Rngs(0), 0)
     before = mixer.initial_state(1, T)
     _, after = mixer(jnp.zeros((1, T, D), jnp.bfloat16), before._replace(scan=jnp.ones_like(before.scan)))
     dt = np.log1p(np.exp(np.asarray(mixer.dt_bias[...], np.float64)))
