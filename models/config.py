@@ -78,6 +78,8 @@ class ModelConfig:
     """norm(activation(linear(x))) before the head (BERT's masked-token head); None for none."""
     head_bias: bool = False
     """A bias for each word on the logits."""
+    pooler: bool = False
+    """A sentence vector: tanh(linear(hidden of the first token)) (BERT)."""
     logit_cap: float | None = None
     """c: logits become c · tanh(logits / c); None for no cap."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"

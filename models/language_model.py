@@ -10,7 +10,7 @@ from phyla.models.config import Activation, BlockConfig, ModelConfig
 from phyla.models.cursor import Cursor, advance, start
 from phyla.models.errors import UserError
 from phyla.models.layers import ACTIVATIONS, Embedding, Linear, build_norm
-from phyla.models.weights import constant, parameter
+from phyla.models.weights import constant, materialize, parameter
 
 
 class ModelState(NamedTuple):
@@ -141,10 +141,11 @@ class LanguageModel(nnx.Module):
             self.norm = build_norm(config, rngs)
         if config.head_transform:
             self.head_transform = HeadTransform(config, config.head_transform, E, rngs)
-        elif config.embedding_width:
-            self.head_projection = Linear((D, E), ("embed", "embed_out"), rngs)
         if not config.tie_embeddings:
-            self.head = Linear((E, config.vocab_size), ("embed", "vocab"), rngs)
+            width = E if config.head_transform else D
+            self.head = Linear((width, config.vocab_size), ("embed", "vocab"), rngs)
+        if config.pooler:
+            self.pooler = Linear((D, D), ("embed", "embed_out"), rngs, bias=True)
         if config.head_bias:
             self.head_bias = parameter(constant(0.0), (config.vocab_size,), ("vocab",), rngs)
 
@@ -217,8 +218,9 @@ class LanguageModel(nnx.Module):
         config = self.config
         if config.head_transform:
             hidden = self.head_transform(hidden)
-        elif config.embedding_width:
-            hidden = self.head_projection(hidden)
+        elif config.embedding_width and config.tie_embeddings:
+            # The embedding is the product of two factors; so is the head.
+            hidden = hidden @ materialize(self.embedding_projection.weight).T.astype(hidden.dtype)
         table = self.embedding.logits if config.tie_embeddings else self.head
         logits = table(hidden).astype(jnp.float32)
         if config.head_bias:
@@ -226,6 +228,10 @@ class LanguageModel(nnx.Module):
         if config.logit_cap is not None:
             logits = config.logit_cap * jnp.tanh(logits / config.logit_cap)
         return logits
+
+    def pooled(self, hidden: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, D], for whole sentences: of their first token (Devlin et al. 2019)."""
+        return jnp.tanh(self.pooler(hidden[:, 0]))
 
     def _embed(self, tokens, state, segment_ids, token_types) -> tuple[jax.Array, Cursor]:
         """float32 [B, T, D], and the cursor after the tokens."""
