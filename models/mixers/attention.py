@@ -9,11 +9,28 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
+from phyla.kernels.attention import Tokens, attention
 from phyla.models.config import LayerConfig, ModelConfig
 from phyla.models.cursor import Cursor, advance, start
 from phyla.models.errors import UserError
 from phyla.models.layers import Layer, Linear, RMSNorm
 from phyla.models.weights import fan_in
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Slower rotations, for sequences longer than those that a model was first trained on."""
+
+    factor: float
+    """How many times slower."""
+    original_length: int | None = None
+    """None: every frequency (Chen et al. 2023). Else the first training's length: only the frequencies that turn less
+    than `low_frequency` times in it are slowed, none that turn more than `high_frequency` times, and those between by
+    part (Llama 3.1)."""
+    low_frequency: float = 1.0
+    """Turns in the original length."""
+    high_frequency: float = 4.0
+    """Turns in the original length."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +47,8 @@ class AttentionConfig(LayerConfig):
     """Rotary (Su et al. 2021), linear biases (Press et al. 2022), or none."""
     rope_base: float = 10_000.0
     """The longest wavelength of RoPE, over 2π."""
+    rope_scaling: RopeScaling | None = None
+    """For sequences longer than in training; None for none."""
     window: int | None = None
     """How many tokens back, itself included, a token sees; None: all."""
     causal: bool = True
@@ -137,35 +156,29 @@ class Attention(Layer):
             k_BxTxKxH = self.k_norm(k_BxTxKxH).astype(x.dtype)
         _, positions_BxT, cursor = advance(state and state.cursor, segment_ids, B, T)
         if config.positions == "rope":
-            q_BxTxNxH = rotate(q_BxTxNxH, positions_BxT, config.rope_base)
-            k_BxTxKxH = rotate(k_BxTxKxH, positions_BxT, config.rope_base)
+            q_BxTxNxH = rotate(q_BxTxNxH, positions_BxT, config.rope_base, config.rope_scaling)
+            k_BxTxKxH = rotate(k_BxTxKxH, positions_BxT, config.rope_base, config.rope_scaling)
 
         if state is not None and not config.causal:
             raise UserError("bidirectional attention has no cache: call it with state=None")
         token_T = jnp.arange(T, dtype=jnp.int32) + (0 if state is None else state.length)
-        began_BxT = token_T - positions_BxT
-        keys = k_BxTxKxH, v_BxTxKxH, began_BxT, token_T
+        # Without segments there is one document, and nothing to compare.
+        packed = segment_ids is not None or state is not None
+        queries = keys = Tokens(token_T, token_T - positions_BxT if packed else None)
         if state is not None:
-            keys, kept = self._extend(state, keys)
+            new = k_BxTxKxH, v_BxTxKxH, queries.began, token_T
+            (k_BxTxKxH, v_BxTxKxH, began_BxS, token_S), kept = self._extend(state, new)
+            keys = Tokens(token_S, began_BxS)
             state = Cache(*kept, length=state.length + T, cursor=cursor)
-        k_BxSxKxH, v_BxSxKxH, began_BxS, token_S = keys
-
-        distance_TxS = token_T[:, None] - token_S[None, :]
-        reach = config.window or max(T, k_BxSxKxH.shape[1]) + 1
-        seen_TxS = (distance_TxS < reach) & (token_S >= 0)
-        seen_TxS &= distance_TxS >= 0 if config.causal else -distance_TxS < reach
-        mask_Bx1xTxS = seen_TxS
-        if segment_ids is not None or state is not None:
-            mask_Bx1xTxS = seen_TxS & (began_BxT[:, :, None] == began_BxS[:, None, :])[:, None]
-        bias_NxTxS = None
-        if config.positions == "alibi":
-            bias_NxTxS = -alibi_slopes(self.heads)[:, None, None] * jnp.abs(distance_TxS).astype(jnp.float32)
-        y_BxTxNxH = jax.nn.dot_product_attention(
+        y_BxTxNxH = attention(
             q_BxTxNxH,
-            k_BxSxKxH,
-            v_BxSxKxH,
-            bias=None if bias_NxTxS is None else bias_NxTxS[None],
-            mask=jnp.broadcast_to(mask_Bx1xTxS, (B, 1, *seen_TxS.shape)),
+            k_BxTxKxH,
+            v_BxTxKxH,
+            queries,
+            keys,
+            causal=config.causal,
+            window=config.window,
+            slopes=alibi_slopes(self.heads) if config.positions == "alibi" else None,
         )
         return self.o(rearrange(y_BxTxNxH, "b t n h -> b t (n h)")), state
 
@@ -188,10 +201,19 @@ class Attention(Layer):
         return seen, kept
 
 
-def rotate(x_BxTxNxH: jax.Array, positions_BxT: jax.Array, base: float) -> jax.Array:
+def rotate(
+    x_BxTxNxH: jax.Array, positions_BxT: jax.Array, base: float, scaling: RopeScaling | None = None
+) -> jax.Array:
     """Rotary position embedding of the two halves of the head dimension, in float32 (Su et al. 2021, equation 34)."""
     half = x_BxTxNxH.shape[-1] // 2
     frequency_h = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if scaling is not None:
+        slowed_h = 1.0
+        if scaling.original_length is not None:
+            turns_h = frequency_h * (scaling.original_length / (2 * math.pi))
+            low, high = scaling.low_frequency, scaling.high_frequency
+            slowed_h = jnp.clip((high - turns_h) / (high - low), 0, 1)
+        frequency_h *= slowed_h / scaling.factor + (1 - slowed_h)
     angle_BxTx1xh = positions_BxT[:, :, None, None].astype(jnp.float32) * frequency_h
     cos, sin = jnp.cos(angle_BxTx1xh), jnp.sin(angle_BxTx1xh)
     first, second = jnp.split(x_BxTxNxH.astype(jnp.float32), 2, axis=-1)

@@ -1,0 +1,150 @@
+"""Published models under their names: their sizes, to train from nothing on your own data (`phyla train gpt2 …`).
+
+Parameter counts are checked against the published figures in tests/configs/test_published.py. Checkpoints of these
+models come in by `phyla import`, not from here.
+"""
+
+from phyla.models.config import BlockConfig, ModelConfig
+from phyla.models.mixers.attention import AttentionConfig
+from phyla.models.mixers.mamba import MambaConfig
+from phyla.models.mlp import GatedMLPConfig, MLPConfig
+from phyla.training.config import Experiment, LoopConfig, OptimizerConfig
+from phyla.training.data.config import DataConfig
+
+
+def _experiment(name: str, model: ModelConfig, objective: str = "next-token") -> Experiment:
+    return Experiment(
+        name=name,
+        model=model,
+        data=DataConfig(sequence_length=1024),
+        optimizer=OptimizerConfig(learning_rate=3e-4),
+        loop=LoopConfig(steps=10_000, batch_size=8, eval_every=1000, checkpoint_every=1000),
+    )
+
+
+def gpt2() -> Experiment:
+    """GPT-2 small (Radford et al. 2019)."""
+    mixer = AttentionConfig(heads=12, positions="none", qkv_bias=True, out_bias=True)
+    model = ModelConfig(
+        width=768,
+        layers=12,
+        vocab_size=50257,
+        pattern=(BlockConfig(mixer=mixer, channel=MLPConfig(activation="gelu_tanh", bias=True)),),
+        learned_positions=1024,
+        norm="layernorm",
+    )
+    return _experiment("gpt2", model)
+
+
+def _bert(name: str, **fields) -> Experiment:
+    mixer = AttentionConfig(heads=12, positions="none", causal=False, qkv_bias=True, out_bias=True)
+    common = {
+        "width": 768,
+        "vocab_size": 30522,
+        "pattern": (BlockConfig(mixer=mixer, channel=MLPConfig(bias=True)),),
+        "learned_positions": 512,
+        "token_types": 2,
+        "embedding_norm": True,
+        "head_transform": "gelu",
+        "head_bias": True,
+        "norm": "layernorm",
+        "norm_epsilon": 1e-12,
+        "norm_position": "post",
+        "final_norm": False,
+    }
+    return _experiment(name, ModelConfig(**(common | fields)))
+
+
+def bert_base() -> Experiment:
+    """BERT base, uncased (Devlin et al. 2019), with the masked-token head."""
+    return _bert("bert-base", layers=12, pooler=True)
+
+
+def distilbert() -> Experiment:
+    """DistilBERT base, uncased (Sanh et al. 2019), with the masked-token head."""
+    return _bert("distilbert", layers=6, token_types=0)
+
+
+def albert_base() -> Experiment:
+    """ALBERT base v2 (Lan et al. 2020), with the masked-token head."""
+    return _bert(
+        "albert-base",
+        layers=12,
+        groups=1,
+        vocab_size=30000,
+        embedding_width=128,
+        pooler=True,
+        head_transform="gelu_tanh",
+    )
+
+
+def bloom_560m() -> Experiment:
+    """BLOOM 560M (BigScience 2022)."""
+    mixer = AttentionConfig(heads=16, positions="alibi", qkv_bias=True, out_bias=True)
+    model = ModelConfig(
+        width=1024,
+        layers=24,
+        vocab_size=250880,
+        pattern=(BlockConfig(mixer=mixer, channel=MLPConfig(activation="gelu_tanh", bias=True)),),
+        embedding_norm=True,
+        norm="layernorm",
+    )
+    return _experiment("bloom-560m", model)
+
+
+def _llama(name: str, *, heads: int, kv_heads: int, hidden: int, rope_base: float, **fields) -> Experiment:
+    mixer = AttentionConfig(heads=heads, kv_heads=kv_heads, rope_base=rope_base)
+    block = BlockConfig(mixer=mixer, channel=GatedMLPConfig(expand=hidden / fields["width"]))
+    return _experiment(name, ModelConfig(pattern=(block,), **fields))
+
+
+def llama_3_8b() -> Experiment:
+    """Llama 3 8B (Grattafiori et al. 2024, table 3)."""
+    return _llama(
+        "llama-3-8b",
+        heads=32,
+        kv_heads=8,
+        hidden=14336,
+        rope_base=500_000.0,
+        width=4096,
+        layers=32,
+        vocab_size=128256,
+        tie_embeddings=False,
+    )
+
+
+def smollm2_135m() -> Experiment:
+    """SmolLM2 135M (Ben Allal et al. 2025)."""
+    return _llama(
+        "smollm2-135m", heads=9, kv_heads=3, hidden=1536, rope_base=100_000.0, width=576, layers=30, vocab_size=49152
+    )
+
+
+def _mamba(name: str, width: int, layers: int) -> Experiment:
+    model = ModelConfig(width=width, layers=layers, vocab_size=50280, pattern=(BlockConfig(mixer=MambaConfig()),))
+    return _experiment(name, model)
+
+
+def mamba_130m() -> Experiment:
+    """Mamba 130M (Gu and Dao 2023, table 12)."""
+    return _mamba("mamba-130m", 768, 24)
+
+
+def mamba_370m() -> Experiment:
+    """Mamba 370M."""
+    return _mamba("mamba-370m", 1024, 48)
+
+
+def mamba_790m() -> Experiment:
+    """Mamba 790M."""
+    return _mamba("mamba-790m", 1536, 48)
+
+
+def mamba_1_4b() -> Experiment:
+    """Mamba 1.4B."""
+    return _mamba("mamba-1.4b", 2048, 48)
+
+
+def mamba_2_8b() -> Experiment:
+    """Mamba 2.8B."""
+    return _mamba("mamba-2.8b", 2560, 64)

@@ -1,0 +1,89 @@
+"""Attention by blocks and by the library, against numpy in float64."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from phyla.kernels.attention import Tokens, attention
+from phyla.kernels.attention import xla as blocks
+
+B, T, H = 2, 37, 6
+
+
+def expected(q, k, v, began_q, began_k, index_q, index_k, causal, window, slopes):
+    """One query at a time."""
+    y = np.zeros_like(q)
+    group = q.shape[2] // k.shape[2]
+    for b, t, n in itertools.product(*map(range, q.shape[:3])):
+        distance = index_q[t] - index_k
+        sees = (index_k >= 0) & (began_k[b] == began_q[b, t])
+        sees &= (distance >= 0) if causal else True
+        sees &= np.abs(distance) < (window or 1000)
+        logits = k[b, sees, n // group] @ q[b, t, n] / np.sqrt(H) - slopes[n] * np.abs(distance[sees])
+        p = np.exp(logits - logits.max())
+        y[b, t, n] = p @ v[b, sees, n // group] / p.sum()
+    return y
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """So that there are several, the last one short."""
+    monkeypatch.setattr(blocks, "BLOCK", 8)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize(
+    ("causal", "window", "alibi"), [(True, None, False), (True, 5, True), (False, 4, False), (False, None, True)]
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_against_numpy(implementation, cached, causal, window, alibi, packed):
+    rng = np.random.default_rng(0)
+    N, K, S = 4, 2, T + 11 if cached else T
+    q, k, v = rng.normal(size=(B, T, N, H)), *rng.normal(size=(2, B, S, K, H))
+    index_k = np.arange(S) if not cached else np.where(np.arange(S) < T + 7, np.arange(S), -1)
+    index_q = np.arange(T) + (7 if cached else 0)
+    began_k = np.where(np.arange(S) < 20, 0, 20) * packed * np.ones((B, 1), int)
+    began_q = began_k[:, index_q]
+    slopes = np.asarray([0.5, 0.1, 0.02, 0.3]) * alibi
+    wanted = expected(q, k, v, began_q, began_k, index_q, index_k, causal, window, slopes)
+    keys = Tokens(jnp.asarray(index_k), jnp.asarray(began_k) if packed or cached else None)
+    queries = Tokens(jnp.asarray(index_q), jnp.asarray(began_q)) if cached else keys
+
+    def run(inputs, implementation):
+        bias = jnp.asarray(slopes, jnp.float32) if alibi else None
+        fields = {"causal": causal, "window": window, "slopes": bias, "implementation": implementation}
+        return attention(*inputs, queries, keys, **fields)
+
+    half = [jnp.asarray(x, jnp.float32) for x in (q, k, v)]
+    np.testing.assert_allclose(run(half, implementation), wanted, atol=2e-6)
+    if implementation == "xla":
+        weights = jnp.asarray(rng.normal(size=wanted.shape), jnp.float32)
+        gradients = [
+            jax.grad(lambda x, name=name: jnp.sum(run(x, name) * weights))(half) for name in ("reference", "xla")
+        ]
+        for a, b in zip(*gradients, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_bfloat16_is_accumulated_in_float32():
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(B, T, 4, H)), jnp.bfloat16) for _ in range(3))
+    tokens = Tokens(jnp.arange(T), None)
+    y = attention(q, k, v, tokens, tokens, implementation="xla")
+    index, began = np.arange(T), np.zeros((B, T))
+    a, b, c = (np.asarray(x, float) for x in (q, k, v))
+    exact = expected(a, b, c, began, began, index, index, True, None, np.zeros(4))
+    assert y.dtype == jnp.bfloat16
+    assert np.abs(np.asarray(y, float) - exact).max() < 0.02
+
+
+def test_keys_that_no_query_sees_are_not_computed():
+    tokens = Tokens(jnp.arange(T), None)
+    q = jnp.ones((1, T, 1, H))
+    text = str(jax.make_jaxpr(lambda q: attention(q, q, q, tokens, tokens, window=5, implementation="xla"))(q))
+    assert "8,12]" in text.replace("f32[1,1,1,", "")  # a block's 8 queries with 4 keys before them
+    assert f"{T},{T}]" not in text
