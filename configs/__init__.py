@@ -14,6 +14,30 @@ if TYPE_CHECKING:
 EXPERIMENTS = {
     "transformer": "phyla.configs.small",
     "mamba": "phyla.configs.small",
+    **dict.fromkeys(
+        (
+            "gpt2",
+            "bert-base",
+            "distilbert",
+            "albert-base",
+            "bloom-560m",
+            "llama-3-8b",
+            "smollm2-135m",
+            "mixtral-8x7b",
+            "mamba-130m",
+            "mamba-370m",
+            "mamba-790m",
+            "mamba-1.4b",
+            "mamba-2.8b",
+            "jamba-v0.1",
+            "jamba-1.5-large",
+            "rwkv7-0.1b",
+            "rwkv7-0.4b",
+            "rwkv7-1.5b",
+            "rwkv7-2.9b",
+        ),
+        "phyla.configs.published",
+    ),
 }
 
 SMALL = ("transformer", "mamba")

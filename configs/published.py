@@ -4,10 +4,14 @@ Parameter counts are checked against the published figures in tests/configs/test
 models come in by `phyla import`, not from here.
 """
 
+import dataclasses
+
 from phyla.models.config import BlockConfig, ModelConfig
 from phyla.models.mixers.attention import AttentionConfig
 from phyla.models.mixers.mamba import MambaConfig
+from phyla.models.mixers.rwkv7 import RWKV7ChannelConfig, RWKV7Config
 from phyla.models.mlp import GatedMLPConfig, MLPConfig
+from phyla.models.moe import MoEConfig
 from phyla.training.config import Experiment, LoopConfig, OptimizerConfig
 from phyla.training.data.config import DataConfig
 
@@ -148,3 +152,82 @@ def mamba_1_4b() -> Experiment:
 def mamba_2_8b() -> Experiment:
     """Mamba 2.8B."""
     return _mamba("mamba-2.8b", 2560, 64)
+
+
+def mixtral_8x7b() -> Experiment:
+    """Mixtral 8x7B (Jiang et al. 2024, table 1)."""
+    mixer = AttentionConfig(heads=32, kv_heads=8, rope_base=1e6)
+    model = ModelConfig(
+        width=4096,
+        layers=32,
+        vocab_size=32000,
+        pattern=(BlockConfig(mixer=mixer, channel=MoEConfig(experts=8, top_k=2, expand=3.5)),),
+        tie_embeddings=False,
+    )
+    return _experiment("mixtral-8x7b", model)
+
+
+def _jamba(name: str, *, width: int, layers: int, heads: int, hidden: int) -> Experiment:
+    attention = AttentionConfig(heads=heads, kv_heads=8, positions="none")
+    mamba = MambaConfig(norms=True)
+    dense = GatedMLPConfig(expand=hidden / width)
+    experts = MoEConfig(experts=16, top_k=2, expand=hidden / width, weights="softmax_of_all", balance_loss=1e-3)
+    model = ModelConfig(
+        width=width,
+        layers=layers,
+        vocab_size=65536,
+        # Attention in every eighth block, from the fifth; experts in every second, from the second.
+        pattern=tuple(
+            BlockConfig(mixer=attention if i == 4 else mamba, channel=experts if i % 2 else dense) for i in range(8)
+        ),
+        tie_embeddings=False,
+        norm_epsilon=1e-6,
+    )
+    return _experiment(name, model)
+
+
+def jamba_v0_1() -> Experiment:
+    """Jamba v0.1 (Lieber et al. 2024, section 3)."""
+    return _jamba("jamba-v0.1", width=4096, layers=32, heads=32, hidden=14336)
+
+
+def jamba_1_5_large() -> Experiment:
+    """Jamba 1.5 Large (Jamba team 2024, section 3)."""
+    return _jamba("jamba-1.5-large", width=8192, layers=72, heads=64, hidden=24576)
+
+
+def _rwkv7(name: str, *, width: int, layers: int, ranks: tuple[int, int, int, int]) -> Experiment:
+    decay, rate, value, gate = ranks
+    mixer = RWKV7Config(decay_rank=decay, rate_rank=rate, value_rank=value, gate_rank=gate)
+    first = dataclasses.replace(mixer, value_residual=False)
+    model = ModelConfig(
+        width=width,
+        layers=layers,
+        vocab_size=65536,
+        prefix=(BlockConfig(mixer=first, channel=RWKV7ChannelConfig()),),
+        pattern=(BlockConfig(mixer=mixer, channel=RWKV7ChannelConfig()),),
+        embedding_norm=True,
+        tie_embeddings=False,
+        norm="layernorm",
+    )
+    return _experiment(name, model)
+
+
+def rwkv7_0_1b() -> Experiment:
+    """RWKV-7 World 0.1B (Peng et al. 2025, appendix E)."""
+    return _rwkv7("rwkv7-0.1b", width=768, layers=12, ranks=(64, 64, 32, 128))
+
+
+def rwkv7_0_4b() -> Experiment:
+    """RWKV-7 World 0.4B."""
+    return _rwkv7("rwkv7-0.4b", width=1024, layers=24, ranks=(64, 64, 32, 128))
+
+
+def rwkv7_1_5b() -> Experiment:
+    """RWKV-7 World 1.5B."""
+    return _rwkv7("rwkv7-1.5b", width=2048, layers=24, ranks=(96, 96, 64, 256))
+
+
+def rwkv7_2_9b() -> Experiment:
+    """RWKV-7 World 2.9B."""
+    return _rwkv7("rwkv7-2.9b", width=2560, layers=32, ranks=(96, 96, 64, 320))
