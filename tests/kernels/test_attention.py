@@ -43,7 +43,7 @@ def small_blocks(monkeypatch):
 def test_against_numpy(implementation, cached, causal, window, alibi, packed):
     rng = np.random.default_rng(0)
     N, K, S = 4, 2, T + 11 if cached else T
-    q, k, v = rng.normal(size=(B, T, N, H)), *rng.normal(size=(2, B, S, K, H))
+    q, (k, v) = rng.normal(size=(B, T, N, H)), rng.normal(size=(2, B, S, K, H))
     index_k = np.arange(S) if not cached else np.where(np.arange(S) < T + 7, np.arange(S), -1)
     index_q = np.arange(T) + (7 if cached else 0)
     began_k = np.where(np.arange(S) < 20, 0, 20) * packed * np.ones((B, 1), int)

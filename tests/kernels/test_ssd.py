@@ -11,12 +11,12 @@ from phyla.kernels.ssd.xla import CHUNK
 B, T, H, P, G, N = 2, 3 * CHUNK + 7, 4, 3, 2, 5
 
 
-def problem(rates=(B, T, H), dt=(-2, 0)):
+def problem(rates=(B, T, H)):
     """Arguments and a state, in float64; with a decay rate for each token, or for each head only."""
     rng = np.random.default_rng(0)
     arguments = {
         "x": rng.normal(size=(B, T, H, P)),
-        "dt": 10 ** rng.uniform(*dt, (B, T, H)),
+        "dt": 10 ** rng.uniform(-2, 0, (B, T, H)),
         "A": -(10 ** rng.uniform(-2, 1, rates)),
         "B": rng.normal(size=(B, T, G, N)),
         "C": rng.normal(size=(B, T, G, N)),
@@ -105,7 +105,7 @@ def test_the_backward_pass_keeps_the_inputs_and_the_states_between_chunks():
 
 def test_xla_refuses_float64():
     with jax.enable_x64(True), pytest.raises(ValueError, match=r"'xla' computes in float32.*use 'reference'"):
-        ssd(**{key: jnp.asarray(v) for key, v in problem()[0].items()}, implementation="xla")
+        ssd(*(jnp.asarray(v) for v in problem()[0].values()), implementation="xla")
 
 
 def test_groups_must_divide_heads():
@@ -113,4 +113,4 @@ def test_groups_must_divide_heads():
     for key in "BC":
         arguments[key] = jnp.concatenate([arguments[key], arguments[key][:, :, :1]], axis=2)
     with pytest.raises(ValueError, match="3 groups of B do not divide 4 heads"):
-        ssd(**arguments)
+        ssd(*arguments.values())
