@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from keyword import iskeyword
 
 from phyla import __version__
 from phyla.models.errors import Diverged, UserError, choose
@@ -11,7 +12,10 @@ COMMANDS = {
     "compare": "train several at one budget and report which is better",
     "evaluate": "validation loss of a trained run, on its own data or any other",
     "generate": "continue prompts with a trained run",
-    "bench": "measure an operation on this machine",
+    "import": "make a run of another library's model",
+    "export": "write a run as another library's model",
+    "logits": "what a run or another library's model says of given tokens",
+    "bench": "measure this code on this machine, alone or beside PyTorch",
 }
 
 HELP = f"""\
@@ -57,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog = f"phyla {name}"
         from phyla import commands
 
-        getattr(commands, name)(arguments)
+        getattr(commands, name + "_" * iskeyword(name))(arguments)
     except (UserError, Diverged) as error:
         print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1

@@ -13,7 +13,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from phyla import configs
 from phyla.arguments import parse
-from phyla.models.errors import UserError
+from phyla.models.errors import UserError, choose
 
 if TYPE_CHECKING:
     from phyla.training.config import Experiment
@@ -200,27 +200,130 @@ def generate(arguments: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Import:
+    """Makes a run of a model that another library wrote.
+
+    Safetensors with a config.json of transformers, GGUF (Llama), or llama2.c's .bin; never a pickle.
+
+    examples:
+      phyla import models/Llama-3.2-1B runs/llama
+      phyla import SmolLM2-135M.gguf runs/smollm && phyla generate runs/smollm --prompt "The capital of France is"
+    """
+
+    source: Annotated[Path, Positional, arg(metavar="SOURCE")]
+    """A folder, or a .gguf or llama2.c .bin file."""
+    out: Annotated[Path, Positional, arg(metavar="OUT")]
+    """The run's folder: new or empty."""
+
+
+def import_(arguments: Sequence[str]) -> None:
+    """`phyla import SOURCE OUT`."""
+    options = parse(Import, arguments, prog="phyla import")
+    from phyla.training.convert import import_model
+
+    import_model(options.source, options.out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Writes a run's model as safetensors with a config.json that transformers loads.
+
+    examples:
+      phyla export runs/RUN models/mine
+      phyla export runs/RUN models/mine --format mistral
+    """
+
+    run: Annotated[Path, Positional, arg(metavar="RUN")]
+    """The run's folder."""
+    out: Annotated[Path, Positional, arg(metavar="OUT")]
+    """The model's folder: new or empty."""
+    format: str | None = None
+    """llama, mistral, gpt2, bloom, mamba, …; None: the first that can say what the model is."""
+
+
+def export(arguments: Sequence[str]) -> None:
+    """`phyla export RUN OUT`."""
+    options = parse(Export, arguments, prog="phyla export")
+    from phyla.training.convert import export_model
+
+    export_model(options.run, options.out, format=options.format)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logits:
+    """What a model says of given tokens, to compare with other implementations.
+
+    Reads `input_ids` and, if there is one, `attention_mask`; writes `logits` (encoders: `last_hidden_state`), float32.
+
+    examples:
+      phyla logits runs/RUN --input io.safetensors --output out.safetensors
+      phyla logits models/Llama-3.2-1B --input io.safetensors --output out.safetensors --generate 16
+    """
+
+    model: Annotated[Path, Positional, arg(metavar="MODEL")]
+    """A run, or what `phyla import` reads."""
+    input: Path
+    """Safetensors."""
+    output: Path
+    """Safetensors."""
+    generate: int = 0
+    """Tokens to continue the first 9 of the first row with, greedily, as `generated`."""
+
+
+def logits(arguments: Sequence[str]) -> None:
+    """`phyla logits MODEL --input FILE --output FILE`."""
+    options = parse(Logits, arguments, prog="phyla logits")
+    from phyla.training.logits import write_logits
+
+    write_logits(options.model, options.input, options.output, generate_tokens=options.generate)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Measures an operation on this machine.
+    """Measures this code on this machine.
 
     examples:
       phyla bench scan
-      phyla bench scan --json scan.json
+      phyla bench models
+      phyla bench models llama mamba --peers ~/torch/bin/python --json models.json
     """
 
-    what: Annotated[Literal["scan"], Positional]
-    """scan: a Mamba training step over the same step without its scan."""
+    what: Annotated[Literal["scan", "models"], Positional]
+    """scan: a Mamba training step over the same step without its scan. models: every architecture at one size."""
+    names: Annotated[tuple[str, ...], Positional, arg(metavar="[NAME ...]")] = ()
+    """Architectures, for models; none: all."""
+    peers: Path | None = None
+    """For models: a Python that has torch, transformers and mambapy, whose models are timed in turn with ours."""
+    rounds: int = 15
+    """How often each is timed; figures are medians."""
     json: Path | None = None
-    """Where the table goes as JSON; None: runs/bench-scan.json."""
+    """Where the table goes as JSON; None: runs/bench-scan.json or runs/bench-models.json."""
+
+    def __post_init__(self):
+        if self.rounds < 1:
+            raise UserError(f"--rounds must be at least 1, not {self.rounds}")
+        if self.what == "scan" and (self.names or self.peers):
+            raise UserError(f"bench scan takes no {'--peers' if self.peers else 'names'}; bench models does")
 
 
 def bench(arguments: Sequence[str]) -> None:
-    """`phyla bench scan`."""
+    """`phyla bench scan`, `phyla bench models [NAME ...]`."""
     options = parse(Bench, arguments, prog="phyla bench")
-    from phyla.training import bench
+    from phyla.training.bench import BATCH
 
-    use_all_cores(bench.BATCH)
-    bench.bench_scan(options.json)
+    if options.what == "scan":
+        from phyla.training.bench.scan import bench_scan
+
+        use_all_cores(BATCH)
+        bench_scan(options.json, options.rounds)
+        return
+    from phyla.configs.benchmarks import ARCHITECTURES
+    from phyla.training.bench.models import bench_models
+
+    names = [choose("architecture", name, ARCHITECTURES) for name in options.names or ARCHITECTURES]
+    use_all_cores(BATCH)
+    architectures = {name: ARCHITECTURES[name]() for name in names}
+    bench_models(architectures, json=options.json, rounds=options.rounds, peers=options.peers)
 
 
 def use_all_cores(batch_size: int) -> None:

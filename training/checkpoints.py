@@ -12,6 +12,7 @@ from flax import nnx
 from orbax.checkpoint import checkpoint_managers
 
 from phyla.models.errors import UserError
+from phyla.models.formats.source import Lazy
 from phyla.training.step import TrainState
 
 METRIC = "bits_per_byte"
@@ -86,6 +87,33 @@ class Checkpoints:
         item = "ema" if averaged else "params"
         args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)})
         return self._manager.restore(step, args=args)[item]
+
+
+def write_params(folder: Path, params: nnx.State) -> None:
+    """Writes parameters alone, as step 0 of a run; each is a `Lazy`, read, written and forgotten before the next.
+
+    In memory is never more than one parameter and its compressed form.
+    """
+    one_by_one = _OneByOne(deepcopy_host_arrays=False)
+    handlers = (Lazy, one_by_one), (jax.Array, ocp.type_handlers.ArrayHandler())
+    registry = ocp.type_handlers.create_type_handler_registry(*handlers)
+    with ocp.CheckpointManager(
+        (folder / "checkpoints").absolute(),
+        item_handlers={"params": ocp.PyTreeCheckpointHandler(type_handler_registry=registry)},
+        options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
+    ) as manager:
+        metrics = {METRIC: math.inf}
+        manager.save(0, args=ocp.args.Composite(params=ocp.args.PyTreeSave(params)), metrics=metrics)
+
+
+class _OneByOne(ocp.type_handlers.NumpyHandler):
+    """Orbax would start to write all arrays at once."""
+
+    async def serialize(self, values: Any, infos: Any, args: Any = None) -> list:
+        for value, info, arg in zip(values, infos, args, strict=True):
+            for written in await super().serialize([value.read()], [info], [arg]):
+                written.result()
+        return []
 
 
 def with_shardings(abstract: Any, shardings: Any) -> Any:

@@ -195,9 +195,10 @@ def generate_run(
     if positions and max(map(len, encoded)) + max_tokens > positions:
         raise UserError(f"prompt and max-tokens together must not exceed model.learned_positions {positions}")
 
-    def text(tokens: np.ndarray) -> tuple[str, bool]:
+    def text(row: int, tokens: np.ndarray) -> tuple[str, bool]:
         document = until_end(tokens, saved.tokenizer.eos_id)
-        full = saved.tokenizer.decode(document)
+        # After its prompt: some tokenizers drop the space in front of a text.
+        full = saved.tokenizer.decode([*encoded[row], *document])[len(saved.tokenizer.decode(encoded[row])) :]
         cut = min((full.index(s) for s in stop if s in full), default=len(full))
         return full[:cut], len(document) < len(tokens) or cut < len(full)
 
@@ -209,10 +210,10 @@ def generate_run(
             max_tokens=max_tokens,
             sampling=sampling,
             seed=seed,
-            finished=lambda row, tokens: text(tokens)[1],
+            finished=lambda row, tokens: text(row, tokens)[1],
             progress=task.update,
         )
-    texts = [text(tokens)[0] for tokens in drawn]
+    texts = [text(row, tokens)[0] for row, tokens in enumerate(drawn)]
     record: dict[str, Any] = {
         "run": str(folder),
         "step": saved.step,

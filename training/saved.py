@@ -9,6 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from phyla.models import sizes
+from phyla.models.errors import UserError
 from phyla.models.language_model import LanguageModel
 from phyla.training import run, sharding
 from phyla.training.checkpoints import Checkpoints, whole_step, with_shardings
@@ -21,13 +22,22 @@ from phyla.training.objectives import Objective, next_token
 class Saved:
     """A run at its last checkpoint."""
 
+    folder: Path
     experiment: Experiment
-    tokenizer: Tokenizer
+    own_tokenizer: Tokenizer | None
+    """None: a model that was imported without one."""
     graphdef: nnx.GraphDef
     params: nnx.State
     objective: Objective
     mesh: Mesh
     step: int
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises UserError if the run has none."""
+        if self.own_tokenizer is None:
+            raise UserError(f"{self.folder} has no tokenizer: the model was imported from a source without one")
+        return self.own_tokenizer
 
     def model(self) -> LanguageModel:
         """The model."""
@@ -46,8 +56,11 @@ def load(folder: Path) -> Saved:
     with.
     """
     experiment = run.read_experiment(folder)
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    check_match(run.read_record(folder)["tokenizer"], tokenizer.fingerprint())
+    fingerprint = run.read_record(folder)["tokenizer"]
+    tokenizer = None
+    if fingerprint is not None:
+        tokenizer = load_tokenizer(folder / "tokenizer")
+        check_match(fingerprint, tokenizer.fingerprint())
     mesh = sharding.make_mesh(MeshConfig(data=1), batch=1)
     graphdef, abstract = nnx.split(sizes.abstract(experiment.model))
     abstract = with_shardings(abstract, sharding.shardings(abstract, mesh))
@@ -55,8 +68,9 @@ def load(folder: Path) -> Saved:
         step = whole_step(checkpoints, folder)
         params = checkpoints.restore_params(step, abstract, averaged=experiment.loop.ema > 0)
     return Saved(
+        folder=folder,
         experiment=experiment,
-        tokenizer=tokenizer,
+        own_tokenizer=tokenizer,
         graphdef=graphdef,
         params=jax.block_until_ready(params),
         objective=make_objective(experiment),

@@ -71,7 +71,10 @@ def test_train_help_lists_experiments_and_fields(capsys):
         (["compare", "--seeds", "two"], "phyla compare: --seeds must be an integer, not 'two'"),
         (["evaluate"], "phyla evaluate: RUN must be given"),
         (["generate", "runs/x"], "phyla generate: give at least one prompt"),
-        (["bench", "scna"], "phyla bench: no {scan} 'scna'; nearest: scan"),
+        (["bench", "scna"], "phyla bench: no {scan,models} 'scna'; nearest: scan"),
+        (["bench", "scan", "mamba"], "phyla bench: bench scan takes no names; bench models does"),
+        (["bench", "models", "lama"], "phyla bench: no architecture 'lama'; nearest: llama"),
+        (["bench", "models", "--rounds", "0"], "phyla bench: --rounds must be at least 1, not 0"),
     ],
 )
 def test_a_wrong_line_is_one_line_and_status_2(arguments, expected, capsys):
@@ -116,6 +119,9 @@ def test_the_other_commands_read_their_options():
         run=Path("r"), prompt=("a", "b"), stop=(".",), top_k=3
     )
     assert parse(Bench, ["scan", "--json", "x"], prog="") == Bench(what="scan", json=Path("x"))
+    assert parse(Bench, ["models", "llama", "gpt2", "--peers", "p", "--rounds", "3"], prog="") == Bench(
+        what="models", names=("llama", "gpt2"), peers=Path("p"), rounds=3
+    )
 
 
 def python(code: str, **environment: str) -> str:

@@ -153,10 +153,14 @@ class HuggingFaceTokenizer:
         """Return kind, sha256 of the tokenizer.json, vocab_size, bos and eos."""
         return _fingerprint("tokenizer.json", self._core.to_str(), self)
 
+    def to_json(self) -> str:
+        """Return the text of its tokenizer.json."""
+        return self._core.to_str()
+
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and the fingerprint."""
         _write_fingerprint(folder, self.fingerprint())
-        Path(folder, TOKENIZER_FILE).write_text(self._core.to_str(), encoding="utf-8")
+        Path(folder, TOKENIZER_FILE).write_text(self.to_json(), encoding="utf-8")
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> np.ndarray:

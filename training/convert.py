@@ -1,0 +1,88 @@
+"""Models of other libraries as runs, and runs as models of other libraries."""
+
+import json
+import math
+from pathlib import Path
+
+from rich.console import Console
+
+from phyla.models import formats
+from phyla.models.errors import UserError
+from phyla.models.formats import folder as folders
+from phyla.models.formats.source import Source, from_state, load, to_state
+from phyla.training import run, saved
+from phyla.training.checkpoints import write_params
+from phyla.training.config import Experiment
+from phyla.training.data.config import DataConfig
+from phyla.training.data.tokenizers import TOKENIZER_FILE, HuggingFaceTokenizer, Tokenizer, make_tokenizer
+
+
+def import_model(source: Path, out: Path) -> None:
+    """Makes a run of a foreign model: configuration, tokenizer if it has one, one checkpoint of the parameters.
+
+    Raises UserError if the source cannot be read, naming the file, flag or tensor, or if `out` has files.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not an empty folder")
+    found = formats.open_source(source)
+    tokenizer = find_tokenizer(found)
+    parameters = load(found)
+    data = DataConfig(
+        tokenizer="bytes" if tokenizer is None else str(out / "tokenizer" / TOKENIZER_FILE),
+        sequence_length=min(512, found.model.learned_positions or 512),
+    )
+    experiment = Experiment(name=source.resolve().name, model=found.model, data=data)
+    run.create(out, experiment, None if tokenizer is None else tokenizer.fingerprint())
+    if tokenizer is not None:
+        tokenizer.save(out / "tokenizer")
+    write_params(out, to_state(found.model, parameters)[1])
+    count = sum(math.prod(each.shape) for each in parameters.values())
+    said = "" if tokenizer is not None else "; no tokenizer: it can be exported and gives logits, but reads no text"
+    Console(highlight=False).print(f"{out}: {count:,} parameters{said}", markup=False, soft_wrap=True)
+
+
+def find_tokenizer(source: Source) -> Tokenizer | None:
+    """The source's own, or the tokenizer.json beside it; None if there is none."""
+    if source.vocabulary is not None:
+        return HuggingFaceTokenizer(*source.vocabulary)
+    path = source.where / TOKENIZER_FILE
+    return make_tokenizer(DataConfig(tokenizer=str(path))) if path.is_file() else None
+
+
+def export_model(folder: Path, out: Path, *, format: str | None) -> None:
+    """Writes a run's last checkpoint as a Hugging Face folder.
+
+    Args:
+        folder: the run.
+        out: a new or empty folder.
+        format: one of `formats.FORMATS`; None: the first that can say what the model is.
+
+    Raises UserError if no format can, or this one cannot, naming the field.
+    """
+    experiment = run.read_experiment(folder)
+    layout = formats.named(format) if format else formats.fitting(experiment.model)
+    folders.check_expressible(layout, experiment.model)
+    found = saved.load(folder)
+    tokenizer = found.own_tokenizer
+    flags = {
+        "bos_token_id": None if tokenizer is None else tokenizer.bos_id,
+        "eos_token_id": None if tokenizer is None else tokenizer.eos_id,
+    }
+    folders.write_folder(out, layout, experiment.model, from_state(found.params), flags=flags)
+    said = ""
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        _write_tokenizer(out, tokenizer)
+    elif tokenizer is not None:
+        said = "; its tokenizer is bytes, which has no tokenizer.json"
+    Console(highlight=False).print(f"{out}: {layout.name}{said}", markup=False, soft_wrap=True)
+
+
+def _write_tokenizer(out: Path, tokenizer: HuggingFaceTokenizer) -> None:
+    text = tokenizer.to_json()
+    (out / TOKENIZER_FILE).write_text(text, encoding="utf-8")
+    names = {token["id"]: token["content"] for token in json.loads(text)["added_tokens"]}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    for key, token in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)):
+        if token in names:
+            config[key] = names[token]
+    run.write_json(out / "tokenizer_config.json", config)
