@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from phyla.kernels.grouped_matmul import grouped_matmul
 from phyla.models.config import ModelConfig
 from phyla.models.weights import Initializer, Weight, constant, fan_in, materialize, matmul, normal, parameter
 
@@ -54,6 +55,43 @@ class Linear(nnx.Module):
         """[..., in] -> [..., out]."""
         y = matmul(x, self.weight)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+class ExpertLinear(nnx.Module):
+    """A matrix (in, out) for each expert. `weight` is a Param [E, in, out], or a `Weight` stacked over experts."""
+
+    def __init__(
+        self,
+        experts: int,
+        shape: tuple[int, int],
+        axes: tuple[str, str],
+        rngs: nnx.Rngs,
+        *,
+        init: Initializer | None = None,
+        share: float = 1.0,
+    ):
+        one = init or fan_in()
+
+        def every(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+            return jax.vmap(lambda key: one(key, shape[1:]))(jax.random.split(key, experts))
+
+        self.weight: nnx.Param | Weight = parameter(
+            every, (experts, *shape), ("experts", *axes), rngs, weight_decay=True, matrix=True, share=share
+        )
+
+    def __call__(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
+        """[N, in] -> [N, out]; the first sizes[0] rows are the first expert's, the next sizes[1] the second's, …
+
+        Rows after those of the last expert give zeros.
+        """
+        weight = self.weight
+        dense = jax.vmap(lambda w: w.materialize())(weight) if isinstance(weight, Weight) else weight[...]
+        return grouped_matmul(x, dense, sizes)
+
+    def chosen(self, x: jax.Array, expert: jax.Array) -> jax.Array:
+        """[N, in] -> [N, out], row n by the matrix of expert[n]: for few rows, since each reads a whole matrix."""
+        of_rows = jax.tree.map(lambda leaf: jnp.take(leaf, expert, axis=0), self.weight)
+        return jax.vmap(matmul)(x, of_rows)
 
 
 class Embedding(nnx.Module):

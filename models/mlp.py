@@ -40,9 +40,19 @@ class GatedMLPConfig(MLPConfig):
     """Hidden width over the model's width."""
     activation: Activation = "silu"
     """Of the gate."""
+    round_to: int = 1
+    """The hidden width is rounded up to a multiple of this; 1: to the nearest integer."""
+
+    def hidden(self, model: ModelConfig) -> int:
+        """The hidden width."""
+        if self.round_to == 1:
+            return super().hidden(model)
+        return math.ceil(self.expand * model.width / self.round_to) * self.round_to
 
     def build(self, model: ModelConfig, rngs: nnx.Rngs, layer: jax.Array | int) -> "GatedMLP":
         """See `LayerConfig.build`."""
+        if self.round_to < 1:
+            raise UserError(f"gated_mlp.round_to must be at least 1, not {self.round_to}")
         return GatedMLP(self, model, rngs)
 
 

@@ -25,6 +25,7 @@ def parameter(
     weight_decay: bool = False,
     matrix: bool = False,
     learning_rate: float = 1.0,
+    share: float = 1.0,
 ) -> nnx.Param:
     """A float32 parameter and what the rest of the house needs to know of it.
 
@@ -36,6 +37,7 @@ def parameter(
         weight_decay: whether the optimizer decays it (matrices yes; norms, biases, A_log, D no).
         matrix: whether it multiplies activations from the right, (in, out); Muon orthogonalises these.
         learning_rate: multiplies the optimizer's learning rate.
+        share: the part of it that a token uses (of a mixture's experts, those chosen).
     """
     if len(axes) != len(shape):
         raise ValueError(f"axes {axes} do not name the dimensions of shape {shape}")
@@ -45,6 +47,7 @@ def parameter(
         weight_decay=weight_decay,
         matrix=matrix,
         learning_rate=learning_rate,
+        share=share,
     )
 
 

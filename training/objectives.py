@@ -1,25 +1,35 @@
-"""Objectives: `objective(model, batch, rng) -> (loss_sum, weight_sum, metrics)`.
+"""Objectives: `objective(model, batch, rng) -> Loss`.
 
-The loop knows none of them by name; the loss is Σ loss_sum / Σ weight_sum over microbatches and devices, exactly.
-`metrics` are sums over the same weights.
+The loop knows none of them by name; the loss is Σ total / Σ weight over microbatches and devices, exactly.
 """
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from phyla.models.language_model import LanguageModel
+from phyla.models.moe import auxiliary_losses
 
 Batch = dict[str, jax.Array]
-Objective = Callable[[LanguageModel, Batch, jax.Array], tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
 
 
-def next_token(
-    model: LanguageModel, batch: Batch, rng: jax.Array, *, chunk: int
-) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-    """Cross-entropy of the next token of the same document, in nats.
+class Loss(NamedTuple):
+    """Of a batch: sums over the same weights, [] float32 each. Training minimises total + penalty."""
+
+    total: jax.Array  # what is reported, in training and in evaluation alike
+    weight: jax.Array
+    metrics: dict[str, jax.Array]
+    penalty: jax.Array | float = 0.0  # minimised besides: how evenly experts are used, not how well text is predicted
+
+
+Objective = Callable[[LanguageModel, Batch, jax.Array], Loss]
+
+
+def next_token(model: LanguageModel, batch: Batch, rng: jax.Array, *, chunk: int) -> Loss:
+    """Cross-entropy of the next token of the same document, in nats; the penalty is `auxiliary_losses`.
 
     Args:
         model: the model.
@@ -28,11 +38,13 @@ def next_token(
         chunk: tokens whose logits exist at one time.
     """
     tokens, segment_ids = batch["tokens"], batch["segment_ids"]
-    hidden_BxTxD, _ = model(tokens[:, :-1], segment_ids=segment_ids[:, :-1])
+    hidden_BxTxD, _, routing = model.forward(tokens[:, :-1], segment_ids=segment_ids[:, :-1])
     same = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] != 0)
     weights_BxT = same.astype(jnp.float32)
     loss_BxT = cross_entropy(model.logits, hidden_BxTxD, tokens[:, 1:], chunk=chunk)
-    return jnp.sum(loss_BxT * weights_BxT), jnp.sum(weights_BxT), {}
+    weight = jnp.sum(weights_BxT)
+    penalty, metrics = auxiliary_losses(model.config, routing)  # means: times the weight, they are sums
+    return Loss(jnp.sum(loss_BxT * weights_BxT), weight, {k: v * weight for k, v in metrics.items()}, penalty * weight)
 
 
 def cross_entropy(

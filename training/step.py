@@ -27,7 +27,7 @@ class TrainState(NamedTuple):
 class Metrics(NamedTuple):
     """Of one step, [] float32 each."""
 
-    loss: jax.Array  # nats per token
+    loss: jax.Array  # nats per token, without penalty
     tokens: jax.Array  # that the loss counts
     gradient_norm: jax.Array  # before clipping
     skipped: jax.Array
@@ -55,16 +55,17 @@ def make_step(
     """The step for a model's graph.
 
     The gradient is Σ over microbatches of the loss sums' gradients, over Σ of their weights: exactly that of the
-    whole batch. A non-finite loss or gradient leaves parameters and optimizer as they were and is counted.
+    whole batch. (A penalty that is no sum over tokens, such as a balance of experts, is each microbatch's own.) A
+    non-finite loss or gradient leaves parameters and optimizer as they were and is counted.
     """
 
-    def loss_sum(params: nnx.State, batch: Batch, rng: jax.Array):
-        total, weight, extra = objective(nnx.merge(graphdef, params), batch, rng)
-        return total, (weight, extra)
+    def minimised(params: nnx.State, batch: Batch, rng: jax.Array):
+        loss = objective(nnx.merge(graphdef, params), batch, rng)
+        return loss.total + loss.penalty, (loss.total, loss.weight, loss.metrics)
 
     def sums(params: nnx.State, batch: Batch, rng: jax.Array):
-        (total, (weight, extra)), gradient = jax.value_and_grad(loss_sum, has_aux=True)(params, batch, rng)
-        return total, weight, extra, gradient
+        (value, (total, weight, extra)), gradient = jax.value_and_grad(minimised, has_aux=True)(params, batch, rng)
+        return value, total, weight, extra, gradient
 
     def accumulated(params: nnx.State, batch: Batch, rng: jax.Array):
         n = config.microbatches
@@ -82,11 +83,11 @@ def make_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        total, weight, extra, gradient = accumulated(state.params, batch, rng)
+        value, total, weight, extra, gradient = accumulated(state.params, batch, rng)
         weight = jnp.maximum(weight, 1.0)
         loss, gradient, extra = jax.tree.map(lambda x: x / weight, (total, gradient, extra))
         norm = optax.tree.norm(gradient)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
 
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)

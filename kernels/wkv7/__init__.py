@@ -31,9 +31,9 @@ def wkv7(
 
     for every head on its own, with S_t a matrix [V, K]. (RWKV-7 calls it with a = -κ, b = κ ⊙ rate, where κ is a unit
     vector: what is stored at κ is removed at that rate.) Inputs are float32 or bfloat16; state and sums are float32.
-    Differentiable in every floating argument, through both results. Results are finite for log_w in [-4, 0], which has
-    RWKV-7's [-0.607, 0] inside, and other inputs up to 1e4 in size, as long as the state and the gradients are.
-    Relative to float64 they err by about 1e-6 in RWKV-7's range; the gradient of log_w by 5e-5 at -4.
+    Differentiable in every floating argument, through both results. Results are finite for log_w in [-2, 0], which has
+    RWKV-7's [-0.607, 0] inside, and other inputs up to 1e3 in size, as long as the state and the gradients are.
+    Relative to float64 they err by about 1e-6 in RWKV-7's range; the gradient of log_w by 1e-5 at -2.
 
     Args:
         r: receptance, what is read, [B, T, H, K] with T >= 1.

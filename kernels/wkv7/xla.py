@@ -20,7 +20,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-CHUNK = 16  # 1 / P is bounded by exp(-CHUNK min(log_w)): e^9.7 for RWKV-7, e^64 for the documented range
+CHUNK = 16  # 1 / P is bounded by exp(-CHUNK min(log_w)): e^9.7 for RWKV-7, e^32 for the documented range
 
 _einsum = functools.partial(jnp.einsum, precision="highest")
 _matmul = functools.partial(jnp.matmul, precision="highest")

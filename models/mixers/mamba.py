@@ -1,5 +1,6 @@
 """Mamba-1: a gated, convolved selective state space (Gu and Dao 2023, section 3.4)."""
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from phyla.kernels.selective_scan import selective_scan
 from phyla.models.config import LayerConfig, ModelConfig
 from phyla.models.cursor import Cursor, advance, carry, start
 from phyla.models.errors import UserError
-from phyla.models.layers import Layer, Linear
+from phyla.models.layers import Layer, Linear, RMSNorm
 from phyla.models.weights import constant, fan_in, parameter
 
 
@@ -33,6 +34,8 @@ class MambaConfig(LayerConfig):
     """Biases on the input and output projections."""
     conv_bias: bool = True
     """Bias on the convolution."""
+    norms: bool = False
+    """RMSNorm of dt's low-rank form (before its projection), of B and of C (Lieber et al. 2024, Jamba)."""
 
     def build(self, model: ModelConfig, rngs: nnx.Rngs, layer: jax.Array | int) -> "Mamba":
         """See `LayerConfig.build`."""
@@ -73,6 +76,9 @@ class Mamba(Layer):
         self.conv_weight = parameter(taps, (config.conv, inner), ("conv", "inner"), rngs, weight_decay=True)
         self.conv_bias = parameter(constant(0.0), (inner,), ("inner",), rngs) if config.conv_bias else None
         self.x_proj = Linear((inner, self.dt_rank + 2 * N), ("inner", "state"), rngs)
+        if config.norms:
+            norm = functools.partial(RMSNorm, rngs=rngs, epsilon=model.norm_epsilon)
+            self.dt_norm, self.B_norm, self.C_norm = norm(self.dt_rank), norm(N), norm(N)
         self.dt_proj = Linear((self.dt_rank, inner), ("state", "inner"), rngs, init=_uniform_fan_in)
         self.dt_bias = parameter(_dt_bias, (inner,), ("inner",), rngs)
         # A = -1 … -N in every channel (S4D-real).
@@ -110,6 +116,11 @@ class Mamba(Layer):
         low_rank, B_BxTxN, C_BxTxN = jnp.split(
             self.x_proj(u_BxTxD), (self.dt_rank, self.dt_rank + self.config.state), axis=-1
         )
+        if self.config.norms:
+            low_rank, B_BxTxN, C_BxTxN = (
+                norm(part).astype(x.dtype)
+                for norm, part in ((self.dt_norm, low_rank), (self.B_norm, B_BxTxN), (self.C_norm, C_BxTxN))
+            )
         dt_BxTxD = jax.nn.softplus(self.dt_proj(low_rank).astype(jnp.float32) + self.dt_bias[...])
         y_BxTxD, scan_state = selective_scan(
             u_BxTxD,

@@ -30,11 +30,11 @@ def worst(arguments):
     errors = jax.tree.map(
         lambda x, w: np.linalg.norm(np.asarray(x, float) - w) / (np.linalg.norm(w) + 1e-300), found, wanted
     )
-    return max(jax.tree.leaves(errors))
+    return np.max(jax.tree.leaves(errors))  # NaN if one is
 
 
-@pytest.mark.parametrize(("log_w", "tolerance"), [(-4.0, 1e-4), (-0.607, 5e-6), (0.0, 5e-6)])
-@pytest.mark.parametrize("size", [1.0, 1e4])
+@pytest.mark.parametrize(("log_w", "tolerance"), [(-2.0, 2e-5), (-0.607, 5e-6), (0.0, 5e-6)])
+@pytest.mark.parametrize("size", [1.0, 1e3])
 def test_at_the_ends_of_the_range(log_w, tolerance, size):
     """Where little is left of the state, the gradient of its decay is the small difference of large sums."""
     arguments = draw(np.random.default_rng(0), B, T, wide=False)
@@ -68,3 +68,16 @@ def test_the_backward_pass_keeps_the_inputs_and_one_state_a_chunk():
     inputs = B * T * H * (5 * K + V) * 2
     states = B * -(-T // CHUNK) * H * V * K * 4
     assert sum(leaf.nbytes for leaf in kept) <= inputs + states
+
+
+def test_a_document_that_overflows_leaves_the_next_one_alone():
+    """Also where the next one begins within a chunk."""
+    arguments = {name: jnp.asarray(x, jnp.float32) for name, x in draw(np.random.default_rng(0), B, T, False).items()}
+    begin = 2 * CHUNK + 3
+    loud = arguments | {"v": arguments["v"].at[:, :begin].mul(1e38), "k": arguments["k"].at[:, :begin].mul(1e3)}
+    segment_ids = jnp.broadcast_to(jnp.arange(T) >= begin, (B, T)).astype(jnp.int32)
+    quiet_y, quiet_state = wkv7(**arguments, segment_ids=segment_ids, implementation="xla")
+    loud_y, loud_state = wkv7(**loud, segment_ids=segment_ids, implementation="xla")
+    assert not np.isfinite(loud_y[:, :begin]).all()
+    np.testing.assert_array_equal(loud_y[:, begin:], quiet_y[:, begin:])
+    np.testing.assert_array_equal(loud_state, quiet_state)

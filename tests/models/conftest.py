@@ -1,11 +1,20 @@
 """The architectures that the contract suite runs over: each mixer of the registry, and patterns of them."""
 
+import dataclasses
+
 import pytest
 
 from phyla.models.config import BlockConfig, LayerConfig, ModelConfig
 from phyla.models.mixers.attention import AttentionConfig
 from phyla.models.mixers.mamba import MambaConfig
+from phyla.models.mixers.mamba2 import Mamba2Config
+from phyla.models.mixers.mlstm import MLSTMBlockConfig, MLSTMConfig
+from phyla.models.mixers.rwkv4 import RWKV4ChannelConfig, RWKV4Config
+from phyla.models.mixers.rwkv6 import RWKV6ChannelConfig, RWKV6Config
+from phyla.models.mixers.rwkv7 import RWKV7ChannelConfig, RWKV7Config
+from phyla.models.mixers.slstm import SLSTMConfig
 from phyla.models.mlp import GatedMLPConfig, MLPConfig
+from phyla.models.moe import MoEConfig
 from phyla.models.registry import LAYERS
 
 
@@ -17,6 +26,8 @@ def model(*blocks: tuple[LayerConfig, LayerConfig | None], **fields) -> ModelCon
 
 ATTENTION = AttentionConfig(heads=4, kv_heads=2)
 MAMBA = MambaConfig(state=4)
+RWKV7 = RWKV7Config(head_dim=8, decay_rank=3, rate_rank=4, value_rank=5, gate_rank=6)
+RWKV7_FIRST = dataclasses.replace(RWKV7, value_residual=False)
 ARCHITECTURES = {
     "attention": model((ATTENTION, GatedMLPConfig())),
     "attention-learned": model(
@@ -44,7 +55,48 @@ ARCHITECTURES = {
     ),
     "attention-factorised": model((ATTENTION, None), embedding_width=8, groups=1, token_types=2),
     "mamba": model((MAMBA, None)),
+    "mamba2": model((Mamba2Config(head_dim=8, state=6, groups=2), None)),
+    "moe": model(
+        (ATTENTION, MoEConfig(experts=3, expand=1.5, activation="gelu", gated=False, shared=2)),
+        layers=3,
+        prefix=(BlockConfig(mixer=ATTENTION, channel=MoEConfig(experts=4, top_k=1, weights="softmax_of_all")),),
+    ),
+    "jamba": model(
+        (MambaConfig(state=4, norms=True), GatedMLPConfig()),
+        (AttentionConfig(heads=4, kv_heads=2, positions="none"), MoEConfig(experts=4, weights="softmax_of_all")),
+        tie_embeddings=False,
+    ),
     "hybrid": model((MAMBA, None), (ATTENTION, MLPConfig(activation="relu_squared"))),
+    "rwkv4": model((RWKV4Config(), RWKV4ChannelConfig()), norm="layernorm", embedding_norm=True, tie_embeddings=False),
+    "rwkv6": model(
+        (RWKV6Config(head_dim=8, mix_rank=3, decay_rank=4), RWKV6ChannelConfig()),
+        norm="layernorm",
+        embedding_norm=True,
+        tie_embeddings=False,
+    ),
+    "rwkv7": model(
+        (RWKV7, RWKV7ChannelConfig()),
+        layers=3,
+        prefix=(BlockConfig(mixer=RWKV7_FIRST, channel=RWKV7ChannelConfig()),),
+        norm="layernorm",
+        embedding_norm=True,
+        tie_embeddings=False,
+    ),
+    # Of an input gate that is far from closed: else the normaliser is 1, and nothing depends on its state.
+    "mlstm": model((MLSTMConfig(heads=2, input_bias=4.0), GatedMLPConfig()), tie_embeddings=False, logit_cap=30.0),
+    "mlstm-sigmoid": model((MLSTMConfig(heads=2, gate="sigmoid", gate_cap=None, input_bias=0.0), GatedMLPConfig())),
+    "mlstm-block": model((MLSTMBlockConfig(heads=2, input_bias=4.0), None), norm="layernorm", norm_bias=False),
+    "slstm": model(
+        (SLSTMConfig(), GatedMLPConfig(expand=1.3, activation="gelu", round_to=8)), norm="layernorm", norm_bias=False
+    ),
+    "xlstm-hybrid": model(
+        (MLSTMBlockConfig(heads=2, input_bias=4.0, round_to=12), None),
+        (SLSTMConfig(heads=2, conv=0), MoEConfig(experts=3)),
+        (ATTENTION, GatedMLPConfig()),
+        layers=4,
+        prefix=(BlockConfig(mixer=SLSTMConfig(conv=2), channel=None),),
+    ),
+    "rwkv7-hybrid": model((RWKV7_FIRST, RWKV7ChannelConfig(expand=3.5)), (ATTENTION, GatedMLPConfig())),
 }
 
 

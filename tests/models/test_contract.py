@@ -12,6 +12,11 @@ from flax import nnx
 from phyla.models import sizes
 from phyla.models.config import ModelConfig
 from phyla.models.language_model import LanguageModel
+from phyla.training import run, saved, sharding
+from phyla.training.checkpoints import Checkpoints
+from phyla.training.config import Experiment, MeshConfig
+from phyla.training.generate import Sampling, generate
+from phyla.training.objectives import next_token
 
 B, T = 2, 9
 
@@ -255,3 +260,37 @@ def test_the_backward_pass_recomputes_what_remat_says(architecture):
     none, dots, full = map(operations, ("none", "dots", "full"))
     assert none[0] < full[0]
     assert none[1] < dots[1] == full[1]
+
+
+def test_eight_devices_equal_one(architecture):
+    """Data, fsdp and tensor parallelism at once."""
+    graphdef, params = nnx.split(perturbed(architecture))
+    tokens = tokens_of(architecture, 8, T + 1)
+    batch = {"tokens": tokens, "segment_ids": jnp.where(jnp.arange(T + 1) < 6, 1, 2) * jnp.ones((8, 1), jnp.int32)}
+
+    def loss(params, batch):
+        return next_token(nnx.merge(graphdef, params), batch, jax.random.key(0), chunk=64)[0]
+
+    alone = jax.jit(jax.value_and_grad(loss))(params, batch)
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), 8)
+    layout = sharding.shardings(params, mesh)
+    rows = sharding.put_batch(jax.tree.map(np.asarray, batch), mesh)
+    with jax.set_mesh(mesh):
+        spread = jax.jit(jax.value_and_grad(loss), out_shardings=(None, layout))(jax.device_put(params, layout), rows)
+    np.testing.assert_allclose(spread[0], alone[0], rtol=1e-5)
+    same_gradients(jax.device_get(spread[1]), jax.device_get(alone[1]))
+
+
+def test_a_saved_model_generates_what_it_did_before(architecture, tmp_path):
+    graphdef, params = nnx.split(perturbed(architecture))
+    run.create(tmp_path, Experiment(name="saved", model=architecture), None)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save_params(params)
+    found = saved.load(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, found.params, params)
+    prompts = [np.asarray(tokens_of(architecture, 5)), np.asarray([3])]
+    before, after = (
+        generate(graph, p, prompts, max_tokens=6, sampling=Sampling(temperature=0))
+        for graph, p in ((graphdef, params), (found.graphdef, found.params))
+    )
+    np.testing.assert_array_equal(before, after)

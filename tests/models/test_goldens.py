@@ -1,4 +1,4 @@
-"""Logits that other implementations computed, where their files lie beside the repository (skipped elsewhere)."""
+"""Logits that other implementations computed: of the repository, and of a folder beside it where there is one."""
 
 import json
 from pathlib import Path
@@ -10,146 +10,81 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from phyla.models import sizes
-from phyla.models.config import BlockConfig, ModelConfig
-from phyla.models.mixers.attention import AttentionConfig
-from phyla.models.mixers.mamba import MambaConfig
-from phyla.models.mlp import GatedMLPConfig, MLPConfig
+from phyla.models.formats import FORMATS, open_source
+from phyla.models.formats.source import build
 
-GOLDENS = Path(__file__).parents[3] / "shared" / "goldens"
-
-
-def llama(config, w, i):
-    """A layer of Llama or Mistral."""
-    layer = f"model.layers.{i}."
-    parts = {"mixer.q": "self_attn.q_proj", "mixer.k": "self_attn.k_proj", "mixer.v": "self_attn.v_proj"}
-    parts |= {"mixer.o": "self_attn.o_proj", "channel.up": "mlp.up_proj", "channel.down": "mlp.down_proj"}
-    parts |= {"channel.gate": "mlp.gate_proj"}
-    matrices = {f"{ours}.weight": w[f"{layer}{theirs}.weight"].T for ours, theirs in parts.items()}
-    norms = {"mixer_norm": "input_layernorm", "channel_norm": "post_attention_layernorm"}
-    return matrices | {f"{ours}.scale": w[f"{layer}{theirs}.weight"] for ours, theirs in norms.items()}
+PLACES = (Path(__file__).parents[1] / "goldens", Path(__file__).parents[3] / "shared" / "goldens")
+FOLDERS = [config.parent for place in PLACES for config in sorted(place.glob("*/config.json"))]
+FOLDERS = [folder for folder in FOLDERS if json.loads((folder / "config.json").read_text())["model_type"] in FORMATS]
+DECODERS = [folder for folder in FOLDERS if "generated" in load_file(folder / "io.safetensors")]
+TOLERANCE = 2e-4
 
 
-def llama_model(config, w):
-    mixer = AttentionConfig(
-        heads=config["num_attention_heads"],
-        kv_heads=config["num_key_value_heads"],
-        head_dim=config["head_dim"],
-        window=config.get("sliding_window"),
-        rope_base=config["rope_parameters"]["rope_theta"],
-    )
-    channel = GatedMLPConfig(expand=config["intermediate_size"] / config["hidden_size"])
-    whole = {"embedding.weight": w["model.embed_tokens.weight"], "norm.scale": w["model.norm.weight"]}
-    whole["head.weight"] = w["lm_head.weight"].T
-    model = ModelConfig(
-        width=config["hidden_size"],
-        layers=config["num_hidden_layers"],
-        vocab_size=config["vocab_size"],
-        tie_embeddings=False,
-        norm_epsilon=config["rms_norm_eps"],
-        pattern=(BlockConfig(mixer=mixer, channel=channel),),
-    )
-    return model, whole, llama
+def name(folder):
+    return f"{folder.parents[1].name}-{folder.name}"
 
 
-def gpt2(config, w, i):
-    """A layer of GPT-2, whose matrices are (in, out) already."""
-    layer, d = f"transformer.h.{i}.", config["n_embd"]
-    found = {}
-    for j, name in enumerate("qkv"):
-        found[f"mixer.{name}.weight"] = w[f"{layer}attn.c_attn.weight"][:, j * d : (j + 1) * d]
-        found[f"mixer.{name}.bias"] = w[f"{layer}attn.c_attn.bias"][j * d : (j + 1) * d]
-    for ours, theirs in {"mixer.o": "attn.c_proj", "channel.up": "mlp.c_fc", "channel.down": "mlp.c_proj"}.items():
-        found |= {f"{ours}.{part}": w[f"{layer}{theirs}.{part}"] for part in ("weight", "bias")}
-    for ours, theirs in {"mixer_norm": "ln_1", "channel_norm": "ln_2"}.items():
-        found |= {f"{ours}.scale": w[f"{layer}{theirs}.weight"], f"{ours}.bias": w[f"{layer}{theirs}.bias"]}
-    return found
-
-
-def gpt2_model(config, w):
-    mixer = AttentionConfig(heads=config["n_head"], positions="none", qkv_bias=True, out_bias=True)
-    whole = {"embedding.weight": w["transformer.wte.weight"], "position_embedding.weight": w["transformer.wpe.weight"]}
-    whole |= {"norm.scale": w["transformer.ln_f.weight"], "norm.bias": w["transformer.ln_f.bias"]}
-    model = ModelConfig(
-        width=config["n_embd"],
-        layers=config["n_layer"],
-        vocab_size=config["vocab_size"],
-        learned_positions=config["n_positions"],
-        norm="layernorm",
-        norm_epsilon=config["layer_norm_epsilon"],
-        pattern=(BlockConfig(mixer=mixer, channel=MLPConfig(activation="gelu_tanh", bias=True)),),
-    )
-    return model, whole, gpt2
-
-
-def mamba(config, w, i):
-    """A layer of Mamba-1."""
-    layer = f"backbone.layers.{i}."
-    names = ("in_proj", "x_proj", "dt_proj", "out_proj")
-    found = {f"mixer.{name}.weight": w[f"{layer}mixer.{name}.weight"].T for name in names}
-    found |= {f"mixer.{name}": w[f"{layer}mixer.{name}"] for name in ("A_log", "D")}
-    found["mixer.dt_bias"] = w[f"{layer}mixer.dt_proj.bias"]
-    found["mixer.conv_weight"] = w[f"{layer}mixer.conv1d.weight"][:, 0].T
-    found["mixer.conv_bias"] = w[f"{layer}mixer.conv1d.bias"]
-    return found | {"mixer_norm.scale": w[f"{layer}norm.weight"]}
-
-
-def mamba_model(config, w):
-    whole = {"embedding.weight": w["backbone.embeddings.weight"], "norm.scale": w["backbone.norm_f.weight"]}
-    mixer = MambaConfig(state=config["state_size"], conv=config["conv_kernel"], dt_rank=config["time_step_rank"])
-    model = ModelConfig(
-        width=config["hidden_size"],
-        layers=config["num_hidden_layers"],
-        vocab_size=config["vocab_size"],
-        norm_epsilon=config["layer_norm_epsilon"],
-        pattern=(BlockConfig(mixer=mixer),),
-    )
-    return model, whole, mamba
-
-
-FAMILIES = {"llama": llama_model, "mistral": llama_model, "gpt2": gpt2_model, "mamba": mamba_model}
-
-
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(scope="module")
 def golden(request):
     """A model with the other implementation's weights, and what that implementation computed."""
-    folder = GOLDENS / request.param
-    if not folder.is_dir():
-        pytest.skip(f"no {folder}")
-    config, weights = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
-    model, whole, layer = FAMILIES[request.param](config, weights)
-    layers = [layer(config, weights, i) for i in range(model.layers)]
-    stacked = {f"periods.blocks.0.{name}": np.stack([part[name] for part in layers]) for name in layers[0]}
-    graphdef, params = nnx.split(sizes.abstract(model))
-    values = whole | stacked
-    for path, parameter in nnx.to_flat_state(params):
-        value = values.pop(".".join(map(str, path)))
-        assert value.shape == parameter.shape, path
-        parameter.set_value(jnp.asarray(value))
-    assert not values
-    return nnx.merge(graphdef, params), load_file(folder / "io.safetensors")
+    source = open_source(request.param)
+    return nnx.merge(*build(source)), load_file(request.param / "io.safetensors")
 
 
 @jax.jit
-def logits(model, tokens, state=None):
-    hidden, state = model(tokens, state)
-    return model.logits(hidden), state
+def hidden_and_logits(model, tokens, state=None, segment_ids=None):
+    hidden, state = model(tokens, state, segment_ids)
+    return hidden, model.logits(hidden), state
 
 
-def test_logits_equal_the_other_implementations(golden):
+def logits(*arguments):
+    return hidden_and_logits(*arguments)[1:]
+
+
+@pytest.mark.parametrize("golden", FOLDERS, ids=name, indirect=True)
+def test_outputs_equal_the_other_implementations(golden):
     model, io = golden
     tokens = jnp.asarray(io["input_ids"], jnp.int32)
-    np.testing.assert_allclose(logits(model, tokens)[0], io["logits"], atol=2e-4)
-    first, state = logits(model, tokens[:, :20], model.initial_state(2, 33))
-    second, _ = logits(model, tokens[:, 20:], state)
-    np.testing.assert_allclose(jnp.concatenate([first, second], 1), io["logits"], atol=2e-4)
+    mask = io.get("attention_mask")
+    hidden, found, _ = hidden_and_logits(model, tokens, None, None if mask is None else jnp.asarray(mask, jnp.int32))
+    if "last_hidden_state" in io:
+        seen = np.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
+        np.testing.assert_allclose(np.asarray(hidden)[seen], io["last_hidden_state"][seen], rtol=0, atol=TOLERANCE)
+    else:
+        np.testing.assert_allclose(found, io["logits"], rtol=0, atol=TOLERANCE)
 
 
-def test_the_greedy_continuation_equals_the_other_implementations(golden):
+def in_pieces(model, tokens, lengths):
+    """Logits of the tokens, given so many at a time; every model is compiled for 9 and for 1 (and for the whole)."""
+    found, state, at = [], model.initial_state(*tokens.shape), 0
+    for length in lengths:
+        out, state = logits(model, jnp.asarray(tokens[:, at : at + length], jnp.int32), state)
+        found.append(out)
+        at += length
+    assert at == tokens.shape[1]
+    return np.concatenate(found, 1)
+
+
+@pytest.mark.parametrize("golden", DECODERS, ids=name, indirect=True)
+def test_in_chunks(golden):
     model, io = golden
-    out, state = logits(model, jnp.asarray(io["input_ids"][:1, :9], jnp.int32), model.initial_state(1, 40))
+    found = in_pieces(model, io["input_ids"], [9, 9, 9, 1, 1, 1, 1, 1, 1])
+    np.testing.assert_allclose(found, io["logits"], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("golden", DECODERS, ids=name, indirect=True)
+def test_step_by_step(golden):
+    model, io = golden
+    found = in_pieces(model, io["input_ids"], [1] * io["input_ids"].shape[1])
+    np.testing.assert_allclose(found, io["logits"], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("golden", DECODERS, ids=name, indirect=True)
+def test_the_greedy_continuation(golden):
+    model, io = golden
     expected, drawn = io["generated"][0, 9:].tolist(), []  # it begins with the prompt
+    out, state = logits(model, jnp.asarray(io["input_ids"][:, :9], jnp.int32), model.initial_state(2, 33))
     while len(drawn) < len(expected):
         drawn.append(int(out[0, -1].argmax()))
-        out, state = logits(model, jnp.asarray([drawn[-1:]], jnp.int32), state)
+        out, state = logits(model, jnp.full((2, 1), drawn[-1], jnp.int32), state)
     assert drawn == expected

@@ -91,8 +91,20 @@ def test_the_width_is_as_round_as_the_budget_allows():
     assert sizes.fit_width(config, sizes.count(dataclasses.replace(config, width=132))).width == 132
 
 
+def test_where_heads_leave_no_width_the_channel_mixers_make_up_the_rest():
+    heads = BlockConfig(mixer=AttentionConfig(heads=8), channel=MLPConfig())  # widths of 16, 32, …
+    config = ModelConfig(width=16, layers=3, vocab_size=257, prefix=(heads,), pattern=(heads,))
+    between = (
+        sizes.count(dataclasses.replace(config, width=64)) + sizes.count(dataclasses.replace(config, width=80))
+    ) // 2
+    found = sizes.fit_width(config, between)
+    assert found.width in (64, 80)
+    assert abs(sizes.count(found) / between - 1) <= 0.01
+    assert found.prefix == found.pattern != config.pattern
+
+
 def test_a_budget_that_no_width_meets_is_refused():
-    heads = BlockConfig(mixer=AttentionConfig(heads=64), channel=MLPConfig())  # widths of 128, 256, …
+    heads = BlockConfig(mixer=AttentionConfig(heads=64))  # widths of 128, 256, …; no channel mixer to make up
     config = ModelConfig(width=128, layers=2, vocab_size=257, pattern=(heads,))
     between = (sizes.count(config) + sizes.count(dataclasses.replace(config, width=256))) // 2
     with pytest.raises(UserError, match=r"no model\.width gives .* nearest: "):

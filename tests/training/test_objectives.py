@@ -9,6 +9,7 @@ from flax import nnx
 from phyla.models.config import BlockConfig, ModelConfig
 from phyla.models.language_model import LanguageModel
 from phyla.models.mixers.attention import AttentionConfig
+from phyla.models.moe import MoEConfig
 from phyla.training.objectives import cross_entropy, next_token
 
 
@@ -68,10 +69,32 @@ def test_only_targets_inside_a_document_count():
     model = LanguageModel(config, nnx.Rngs(0))
     tokens = jnp.asarray([[1, 2, 3, 4, 5, 0, 0]])
     segment_ids = jnp.asarray([[1, 1, 1, 2, 2, 0, 0]])
-    total, weight, _ = next_token(model, {"tokens": tokens, "segment_ids": segment_ids}, jax.random.key(0), chunk=100)
-    assert weight == 3  # 1→2, 2→3 and 4→5; not 3→4, not into padding, not inside it
+    loss = next_token(model, {"tokens": tokens, "segment_ids": segment_ids}, jax.random.key(0), chunk=100)
+    assert loss.weight == 3  # 1→2, 2→3 and 4→5; not 3→4, not into padding, not inside it
     separate = 0.0
     for document in ([1, 2, 3], [4, 5]):
         logits = model.logits(model(jnp.asarray([document[:-1]]))[0])
         separate -= jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray([document[1:]])[..., None], -1).sum()
-    np.testing.assert_allclose(total, separate, rtol=1e-5)
+    np.testing.assert_allclose(loss.total, separate, rtol=1e-5)
+    assert loss.metrics == {}
+    assert loss.penalty == 0
+
+
+def test_what_experts_add_is_a_penalty_and_no_part_of_the_loss():
+    def loss_of(**coefficients):
+        channel = MoEConfig(experts=3, top_k=2, **coefficients)
+        block = BlockConfig(mixer=AttentionConfig(heads=2), channel=channel)
+        model = LanguageModel(ModelConfig(width=8, layers=2, vocab_size=11, pattern=(block,)), nnx.Rngs(0))
+        tokens = jnp.asarray([[1, 2, 3, 4, 5, 0, 0], [7, 8, 1, 1, 0, 0, 0]])
+        segment_ids = jnp.asarray([[1, 1, 1, 2, 2, 0, 0], [1, 1, 1, 1, 0, 0, 0]])
+        return next_token(model, {"tokens": tokens, "segment_ids": segment_ids}, jax.random.key(0), chunk=100)
+
+    plain, both = loss_of(balance_loss=0.0, z_loss=0.0), loss_of(balance_loss=0.5, z_loss=0.25)
+    assert plain.total == both.total
+    assert plain.penalty == 0
+    assert plain.metrics == both.metrics  # measured, whatever their coefficients
+    means = {name: value / both.weight for name, value in both.metrics.items()}
+    # Coefficients times the sum over the two layers.
+    expected = 2 * (0.5 * means["balance_loss"] + 0.25 * means["z_loss"])
+    np.testing.assert_allclose(both.penalty / both.weight, expected, rtol=1e-6)
+    assert 0 <= means["idlest_expert"] <= 1 / 3 <= means["busiest_expert"] <= 1 / 2

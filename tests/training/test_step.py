@@ -9,6 +9,7 @@ from flax import nnx
 
 from phyla.models.weights import constant, parameter
 from phyla.training.config import LoopConfig, OptimizerConfig
+from phyla.training.objectives import Loss
 from phyla.training.optimizer import make_optimizer
 from phyla.training.saved import make_objective
 from phyla.training.step import initial_state, make_step
@@ -30,8 +31,8 @@ def test_the_gradient_is_that_of_the_mean_over_tokens(experiment, setup, batch):
     objective = make_objective(experiment)
 
     def mean(params):
-        total, weight, _ = objective(nnx.merge(graphdef, params), batch, jax.random.key(0))
-        return total / weight
+        loss = objective(nnx.merge(graphdef, params), batch, jax.random.key(0))
+        return loss.total / loss.weight
 
     loss, gradient = jax.value_and_grad(mean)(state.params)
     metrics = step(state, batch)[1]
@@ -99,7 +100,7 @@ def test_a_loss_or_a_gradient_alone_that_is_not_finite_is_enough(broken):
     def objective(model, batch, rng):
         x = model.numbers[...]
         total = jnp.sum(x) + jnp.inf if broken == "loss" else jnp.sum(jnp.sqrt(x - x))
-        return total, jnp.ones(()), {}
+        return Loss(total, jnp.ones(()), {})
 
     step, state, batch = step_of(objective)
     after, metrics = step(state, batch)
@@ -112,7 +113,7 @@ def test_a_loss_or_a_gradient_alone_that_is_not_finite_is_enough(broken):
 def test_every_step_and_microbatch_draws_its_own_numbers_and_the_same_again():
     def objective(model, batch, rng):
         draw = jax.random.uniform(rng)
-        return jnp.sum(model.numbers[...]), jnp.ones(()), {"draw": draw, "square": draw**2}
+        return Loss(jnp.sum(model.numbers[...]), jnp.ones(()), {"draw": draw, "square": draw**2})
 
     step, state, batch = step_of(objective)
     first, again, next_ = (step(s, batch)[1].extra["draw"] for s in (state, state, step(state, batch)[0]))
@@ -120,3 +121,25 @@ def test_every_step_and_microbatch_draws_its_own_numbers_and_the_same_again():
     step, state, batch = step_of(objective, microbatches=2)
     extra = step(state, batch)[1].extra
     assert extra["square"] - extra["draw"] ** 2 > 1e-6  # a variance: the two differ
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_penalty_is_minimised_and_not_reported(microbatches):
+    def objective(model, batch, rng):
+        x = model.numbers[...]
+        return Loss(2 * jnp.sum(x), jnp.asarray(2.0), {}, penalty=2 * x[0])
+
+    step, state, batch = step_of(objective, microbatches=microbatches)
+    metrics = step(state, batch)[1]
+    assert metrics.loss == 3
+    np.testing.assert_allclose(metrics.gradient_norm, np.sqrt(4 + 1 + 1), rtol=1e-6)
+
+
+def test_a_penalty_that_is_not_finite_is_skipped():
+    def objective(model, batch, rng):
+        return Loss(jnp.sum(model.numbers[...]), jnp.ones(()), {}, penalty=jnp.inf)
+
+    step, state, batch = step_of(objective)
+    after, metrics = step(state, batch)
+    assert metrics.skipped == 1
+    jax.tree.map(np.testing.assert_array_equal, state.params, after.params)

@@ -23,7 +23,7 @@ def draw(rng, B, T, wide):
     keys = rng.normal(size=(B, T, H, K))
     keys /= np.linalg.norm(keys, axis=-1, keepdims=True)
     size = 10 ** rng.uniform(-3 * wide, 3 * wide, (4, B, T, H, 1))
-    slowest, fastest = (-6, np.log10(4)) if wide else (-2, np.log10(0.607))
+    slowest, fastest = (-6, np.log10(2)) if wide else (-2, np.log10(0.607))
     return {
         "r": rng.normal(size=(B, T, H, K)) * size[0],
         "log_w": -(10 ** rng.uniform(slowest, fastest, (B, T, H, K))),

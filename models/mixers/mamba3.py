@@ -1,0 +1,203 @@
+"""Mamba-3: a state space discretised by the trapezoidal rule, whose state rotates (Lahoti et al. 2026).
+
+This is the variant with a single input and output (SISO), after arXiv 2603.15569 and, where that leaves a choice, the
+authors' present code (state-spaces/mamba, modules/mamba3.py): the decay rate depends on the token through a
+heavy-tailed function (their first release had softplus), and no norm stands before the output projection.
+
+    h_t = α_t h_{t-1} + (1 - λ_t) Δ_t α_t v_{t-1} k_{t-1}' + λ_t Δ_t v_t k_t',  α_t = exp(Δ_t A_t)
+    y_t = h_t q_t + D v_t
+
+v is x; k and q are B and C, normalised, with a bias a head, and turned by the angle Σ π tanh(θ_t) Δ_t since the
+document's start. There is no convolution.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from phyla.kernels.segments import starts
+from phyla.kernels.ssd import ssd
+from phyla.models.config import LayerConfig, ModelConfig
+from phyla.models.cursor import Cursor, advance, carry, start
+from phyla.models.errors import UserError
+from phyla.models.layers import Layer, Linear, RMSNorm
+from phyla.models.mixers.mamba2 import check_divides, step_sizes
+from phyla.models.weights import constant, fan_in, parameter
+
+SLOWEST = 1e-4  # the least decay rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mamba3Config(LayerConfig):
+    """The state space of Mamba-3, SISO."""
+
+    expand: float = 2.0
+    """Inner width over the model's width."""
+    head_dim: int = 64
+    """P, channels a head; it divides the inner width."""
+    state: int = 128
+    """N, the state's size per inner channel."""
+    groups: int = 1
+    """G, groups of heads that share B and C but for their biases."""
+    rotated: float = 0.5
+    """The share of the state that rotates, in pairs."""
+
+    def build(self, model: ModelConfig, rngs: nnx.Rngs, layer: jax.Array | int) -> "Mamba3":
+        """See `LayerConfig.build`."""
+        for name in ("head_dim", "state", "groups"):
+            if getattr(self, name) < 1:
+                raise UserError(f"mamba3.{name} must be at least 1, not {getattr(self, name)}")
+        if self.inner(model) < 1:
+            raise UserError(f"mamba3.expand must give at least one inner channel, not {self.expand}")
+        check_divides("mamba3.head_dim", self.head_dim, "the inner width", self.inner(model))
+        check_divides("mamba3.groups", self.groups, "the number of heads", self.heads(model))
+        if not 1 <= self.angles() <= self.state // 2:
+            raise UserError(f"mamba3.rotated must be at most 1 and leave a pair to rotate, not {self.rotated}")
+        return Mamba3(self, model, rngs)
+
+    def inner(self, model: ModelConfig) -> int:
+        """The inner width."""
+        return round(self.expand * model.width)
+
+    def heads(self, model: ModelConfig) -> int:
+        """H."""
+        return self.inner(model) // self.head_dim
+
+    def angles(self) -> int:
+        """S, the pairs that rotate."""
+        return int(self.rotated * self.state) // 2
+
+    def flops_per_token(self, model: ModelConfig, length: int) -> float:
+        """See `LayerConfig.flops_per_token`: 5 for each state, as a recurrence; 12 for each pair that rotates."""
+        return 5 * self.inner(model) * self.state + 12 * self.heads(model) * self.angles()
+
+
+class Mamba3State(NamedTuple):
+    """What a Mamba-3 layer remembers, in float32."""
+
+    angle: jax.Array  # [B, H, S], radians in [-π, π]
+    ssm: jax.Array  # [B, H, P, N]
+    k: jax.Array  # [B, H, N], of the last token, rotated
+    v: jax.Array  # [B, H, P], of the last token
+    cursor: Cursor
+
+
+class Mamba3(Layer):
+    """See `Mamba3Config`."""
+
+    def __init__(self, config: Mamba3Config, model: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.inner, self.heads = config.inner(model), config.heads(model)
+        shared = config.groups * config.state
+        self.widths = (self.inner, self.inner, shared, shared, self.heads, self.heads, self.heads, config.angles())
+        self.in_proj = Linear((model.width, sum(self.widths)), ("embed", "inner"), rngs)
+        self.B_norm, self.C_norm = (RMSNorm(config.state, rngs, epsilon=model.norm_epsilon) for _ in range(2))
+        by_head = (self.heads, config.state)
+        self.B_bias, self.C_bias = (parameter(constant(1.0), by_head, ("heads", "state"), rngs) for _ in range(2))
+        self.dt_bias = parameter(step_sizes, (self.heads,), ("heads",), rngs)
+        self.D = parameter(constant(1.0), (self.heads,), ("heads",), rngs)
+        out = fan_in(1 / math.sqrt(model.layers))
+        self.out_proj = Linear((self.inner, model.width), ("inner", "embed"), rngs, init=out)
+
+    def initial_state(self, batch: int, length: int) -> Mamba3State:
+        """Zeros; the same size for any length."""
+        H, P, N = self.heads, self.config.head_dim, self.config.state
+        return Mamba3State(
+            angle=jnp.zeros((batch, H, self.config.angles())),
+            ssm=jnp.zeros((batch, H, P, N)),
+            k=jnp.zeros((batch, H, N)),
+            v=jnp.zeros((batch, H, P)),
+            cursor=start(batch),
+        )
+
+    def __call__(
+        self, x: jax.Array, state: Mamba3State | None = None, segment_ids: jax.Array | None = None
+    ) -> tuple[jax.Array, Mamba3State | None]:
+        """[B, T, D] -> [B, T, D] and the state after the last token (None if None was given)."""
+        B, T, _ = x.shape
+        before = state or self.initial_state(B, T)
+        if state is not None:
+            before = before._replace(**carry(state.cursor, segment_ids, _memory(state)))
+        ends = [sum(self.widths[: i + 1]) for i in range(len(self.widths) - 1)]
+        z, v, B_, C_, dt, rate, mix, angle = jnp.split(self.in_proj(x), ends, axis=-1)
+        v_BxTxHxP = v.reshape(B, T, self.heads, -1).astype(jnp.float32)
+        dt_BxTxH = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...])
+        log_decay_BxTxH = -dt_BxTxH * jnp.maximum(_heavy_tailed(rate.astype(jnp.float32)), SLOWEST)
+        mix_BxTxH = jax.nn.sigmoid(mix.astype(jnp.float32))
+
+        turns_BxTxHxS = jnp.pi * jnp.tanh(angle.astype(jnp.float32))[:, :, None] * dt_BxTxH[..., None]
+        angle_BxTxHxS = _accumulate(turns_BxTxHxS, before.angle, segment_ids)
+        k_BxTxHxN = _rotate(self._by_head(B_, self.B_norm, self.B_bias), angle_BxTxHxS)
+        q_BxTxHxN = _rotate(self._by_head(C_, self.C_norm, self.C_bias), angle_BxTxHxS)
+
+        # A token enters the state twice: at once with λ Δ, and at the next token of its document with that one's
+        # (1 - λ) Δ α, where α is what the state decays by from the one to the other. So its weight in all later outputs
+        # is the sum of λ Δ and the next (1 - λ) Δ, and in its own output only λ Δ.
+        now_BxTxH, late_BxTxH = mix_BxTxH * dt_BxTxH, (1 - mix_BxTxH) * dt_BxTxH
+        next_BxTxH = jnp.pad(late_BxTxH[:, 1:], ((0, 0), (0, 1), (0, 0)))
+        if segment_ids is not None:
+            last_of_document = jnp.pad(starts(segment_ids)[:, 1:], ((0, 0), (0, 1)))
+            next_BxTxH = jnp.where(last_of_document[..., None], 0, next_BxTxH)
+        entering = late_BxTxH[:, 0, :, None, None] * before.v[..., None] * before.k[..., None, :]
+        y_BxTxHxP, ssm = ssd(
+            ((now_BxTxH + next_BxTxH)[..., None] * v_BxTxHxP).astype(x.dtype),
+            jnp.ones_like(dt_BxTxH),
+            log_decay_BxTxH,
+            k_BxTxHxN.astype(x.dtype),
+            q_BxTxHxN.astype(x.dtype),
+            initial_state=before.ssm + entering,
+            segment_ids=segment_ids,
+        )
+        own_BxTxH = self.D[...] - next_BxTxH * jnp.sum(k_BxTxHxN * q_BxTxHxN, axis=-1)
+        y_BxTxHxP = y_BxTxHxP + own_BxTxH[..., None] * v_BxTxHxP
+        y_BxTxD = y_BxTxHxP.reshape(B, T, self.inner) * jax.nn.silu(z.astype(jnp.float32))
+        y_BxTxD = self.out_proj(y_BxTxD.astype(x.dtype))
+        if state is None:
+            return y_BxTxD, None
+        cursor = advance(state.cursor, segment_ids, B, T)[2]
+        return y_BxTxD, Mamba3State(angle_BxTxHxS[:, -1], ssm, k_BxTxHxN[:, -1], v_BxTxHxP[:, -1], cursor)
+
+    def _by_head(self, v_BxTxGN: jax.Array, norm: RMSNorm, bias: nnx.Param) -> jax.Array:
+        """Normalised, copied to each head of the group, with the head's bias: float32 [B, T, H, N]."""
+        B, T, _ = v_BxTxGN.shape
+        v_BxTxGxN = norm(v_BxTxGN.reshape(B, T, self.config.groups, self.config.state))
+        return jnp.repeat(v_BxTxGxN, self.heads // self.config.groups, axis=2) + bias[...]
+
+
+def _memory(state: Mamba3State) -> dict[str, jax.Array]:
+    return {name: value for name, value in state._asdict().items() if name != "cursor"}
+
+
+def _heavy_tailed(x: jax.Array) -> jax.Array:
+    """1 + x above 0 and 1 / (1 - x) below: positive and smooth, and it grows and vanishes slowly."""
+    return jnp.maximum(x, 0) + 1 / (1 - jnp.minimum(x, 0))
+
+
+def _accumulate(turns_BxTxHxS: jax.Array, angle_BxHxS: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    """The sum of the turns since the document's start, within [-π, π] so that it stays exact however long it is."""
+    turns_BxTxHxS = turns_BxTxHxS.at[:, 0].add(angle_BxHxS)
+    if segment_ids is None:
+        return jax.lax.associative_scan(lambda a, b: _wrap(a + b), _wrap(turns_BxTxHxS), axis=1)
+
+    def combine(a, b):
+        return jnp.where(b[1], b[0], _wrap(a[0] + b[0])), a[1] | b[1]
+
+    begins_BxTx1x1 = starts(segment_ids)[..., None, None]
+    return jax.lax.associative_scan(combine, (_wrap(turns_BxTxHxS), begins_BxTx1x1), axis=1)[0]
+
+
+def _wrap(angle: jax.Array) -> jax.Array:
+    return angle - 2 * jnp.pi * jnp.round(angle / (2 * jnp.pi))
+
+
+def _rotate(v: jax.Array, angle: jax.Array) -> jax.Array:
+    """Turns the first S pairs (0, 1), (2, 3), … of v [..., N] by the angles [..., S]."""
+    S = angle.shape[-1]
+    even, odd = v[..., 0 : 2 * S : 2], v[..., 1 : 2 * S : 2]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return jnp.concatenate([turned.reshape(*v.shape[:-1], 2 * S), v[..., 2 * S :]], axis=-1)
