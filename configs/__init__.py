@@ -11,9 +11,11 @@ from phyla.models.errors import choose
 if TYPE_CHECKING:
     from phyla.training.config import Experiment
 
+SMALL = ("transformer", "mamba", "jamba", "rwkv", "xlstm")
+"""The small experiments on the embedded corpus: what a bare `phyla compare` compares."""
+
 EXPERIMENTS = {
-    "transformer": "phyla.configs.small",
-    "mamba": "phyla.configs.small",
+    **dict.fromkeys(SMALL, "phyla.configs.small"),
     **dict.fromkeys(
         (
             "gpt2",
@@ -29,19 +31,24 @@ EXPERIMENTS = {
             "mamba-790m",
             "mamba-1.4b",
             "mamba-2.8b",
+            "mamba2-2.7b",
             "jamba-v0.1",
             "jamba-1.5-large",
+            "rwkv4-169m",
+            "rwkv4-430m",
+            "rwkv4-1.5b",
+            "rwkv4-3b",
+            "rwkv4-7b",
+            "rwkv4-14b",
             "rwkv7-0.1b",
             "rwkv7-0.4b",
             "rwkv7-1.5b",
             "rwkv7-2.9b",
+            "xlstm-7b",
         ),
         "phyla.configs.published",
     ),
 }
-
-SMALL = ("transformer", "mamba")
-"""The small experiments on the embedded corpus: what a bare `phyla compare` compares."""
 
 
 def experiment(name: str) -> "Experiment":

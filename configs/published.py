@@ -9,6 +9,9 @@ import dataclasses
 from phyla.models.config import BlockConfig, ModelConfig
 from phyla.models.mixers.attention import AttentionConfig
 from phyla.models.mixers.mamba import MambaConfig
+from phyla.models.mixers.mamba2 import Mamba2Config
+from phyla.models.mixers.mlstm import MLSTMConfig
+from phyla.models.mixers.rwkv4 import RWKV4ChannelConfig, RWKV4Config
 from phyla.models.mixers.rwkv7 import RWKV7ChannelConfig, RWKV7Config
 from phyla.models.mlp import GatedMLPConfig, MLPConfig
 from phyla.models.moe import MoEConfig
@@ -231,3 +234,73 @@ def rwkv7_1_5b() -> Experiment:
 def rwkv7_2_9b() -> Experiment:
     """RWKV-7 World 2.9B."""
     return _rwkv7("rwkv7-2.9b", width=2560, layers=32, ranks=(96, 96, 64, 320))
+
+
+def mamba2_2_7b() -> Experiment:
+    """Mamba-2 2.7B (Dao and Gu 2024, table 8)."""
+    model = ModelConfig(
+        width=2560,
+        layers=64,
+        vocab_size=50288,
+        pattern=(BlockConfig(mixer=Mamba2Config()),),
+    )
+    return _experiment("mamba2-2.7b", model)
+
+
+def _rwkv4(name: str, width: int, layers: int) -> Experiment:
+    model = ModelConfig(
+        width=width,
+        layers=layers,
+        vocab_size=50277,
+        pattern=(BlockConfig(mixer=RWKV4Config(), channel=RWKV4ChannelConfig()),),
+        embedding_norm=True,
+        tie_embeddings=False,
+        norm="layernorm",
+    )
+    return _experiment(name, model)
+
+
+def rwkv4_169m() -> Experiment:
+    """RWKV-4 Pile 169M (Peng et al. 2023, table 2)."""
+    return _rwkv4("rwkv4-169m", 768, 12)
+
+
+def rwkv4_430m() -> Experiment:
+    """RWKV-4 Pile 430M."""
+    return _rwkv4("rwkv4-430m", 1024, 24)
+
+
+def rwkv4_1_5b() -> Experiment:
+    """RWKV-4 Pile 1.5B."""
+    return _rwkv4("rwkv4-1.5b", 2048, 24)
+
+
+def rwkv4_3b() -> Experiment:
+    """RWKV-4 Pile 3B."""
+    return _rwkv4("rwkv4-3b", 2560, 32)
+
+
+def rwkv4_7b() -> Experiment:
+    """RWKV-4 Pile 7B."""
+    return _rwkv4("rwkv4-7b", 4096, 32)
+
+
+def rwkv4_14b() -> Experiment:
+    """RWKV-4 Pile 14B."""
+    return _rwkv4("rwkv4-14b", 5120, 40)
+
+
+def xlstm_7b() -> Experiment:
+    """xLSTM-7B (Beck et al. 2025)."""
+    # The package rounds the hidden width 4096 · 2.667 up to a multiple of 64.
+    block = BlockConfig(mixer=MLSTMConfig(heads=8), channel=GatedMLPConfig(expand=10944 / 4096))
+    model = ModelConfig(
+        width=4096,
+        layers=32,
+        vocab_size=50304,
+        pattern=(block,),
+        tie_embeddings=False,
+        norm_epsilon=1e-6,
+        logit_cap=30.0,
+    )
+    return _experiment("xlstm-7b", model)

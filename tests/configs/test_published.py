@@ -25,12 +25,20 @@ PUBLISHED = {
     "mamba-790m": (793_204_224, 0, MAMBA),
     "mamba-1.4b": (1_372_178_432, 0, MAMBA),
     "mamba-2.8b": (2_768_345_600, 0, MAMBA),
+    "mamba2-2.7b": (2_702_599_680, 0, HUB.format("state-spaces/mamba2-2.7b")),
     "jamba-v0.1": (51_570_323_328, 0, HUB.format("ai21labs/Jamba-v0.1")),
     "jamba-1.5-large": (398_555_145_696, 0, "398B: Jamba team 2024, section 3"),
+    "rwkv4-169m": (169_342_464, 0, RWKV4),
+    "rwkv4-430m": (430_397_440, 0, RWKV4),
+    "rwkv4-1.5b": (1_515_106_304, 0, RWKV4),
+    "rwkv4-3b": (2_984_627_200, 0, RWKV4),
+    "rwkv4-7b": (7_392_649_216, 0, RWKV4),
+    "rwkv4-14b": (14_148_597_760, 0, RWKV4),
     "rwkv7-0.1b": (191_034_624, 0, RWKV7),
     "rwkv7-0.4b": (450_767_872, 0, RWKV7),
     "rwkv7-1.5b": (1_527_404_544, 0, RWKV7),
     "rwkv7-2.9b": (2_947_735_040, 0, RWKV7),
+    "xlstm-7b": (6_865_424_896, 0, HUB.format("NX-AI/xLSTM-7b")),
 }
 
 
