@@ -19,11 +19,12 @@ from phyla.training.config import Experiment, LoopConfig, OptimizerConfig
 from phyla.training.data.config import DataConfig
 
 
-def _experiment(name: str, model: ModelConfig, objective: str = "next-token") -> Experiment:
+def _experiment(name: str, model: ModelConfig) -> Experiment:
     return Experiment(
         name=name,
         model=model,
-        data=DataConfig(sequence_length=1024),
+        objective="masked-token" if model.bidirectional else "next-token",
+        data=DataConfig(sequence_length=model.learned_positions or 1024),
         optimizer=OptimizerConfig(learning_rate=3e-4),
         loop=LoopConfig(steps=10_000, batch_size=8, eval_every=1000, checkpoint_every=1000),
     )

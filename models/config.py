@@ -134,6 +134,11 @@ class ModelConfig:
         return (self.layers - len(self.prefix)) // len(self.pattern)
 
     @property
+    def bidirectional(self) -> bool:
+        """Whether a token sees those after it."""
+        return any(not getattr(block.mixer, "causal", True) for block in self.blocks)
+
+    @property
     def blocks(self) -> tuple[BlockConfig, ...]:
         """Every block, in order."""
         return self.prefix + self.pattern * self.repeats

@@ -4,6 +4,7 @@ from phyla.models.config import LayerConfig
 from phyla.models.mixers.attention import AttentionConfig
 from phyla.models.mixers.mamba import MambaConfig
 from phyla.models.mixers.mamba2 import Mamba2Config
+from phyla.models.mixers.mamba3 import Mamba3Config
 from phyla.models.mixers.mlstm import MLSTMBlockConfig, MLSTMConfig
 from phyla.models.mixers.rwkv4 import RWKV4ChannelConfig, RWKV4Config
 from phyla.models.mixers.rwkv6 import RWKV6ChannelConfig, RWKV6Config
@@ -16,6 +17,7 @@ LAYERS: dict[str, type[LayerConfig]] = {
     "attention": AttentionConfig,
     "mamba": MambaConfig,
     "mamba2": Mamba2Config,
+    "mamba3": Mamba3Config,
     "rwkv4": RWKV4Config,
     "rwkv4_channel": RWKV4ChannelConfig,
     "rwkv6": RWKV6Config,

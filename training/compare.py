@@ -163,13 +163,13 @@ def _equal(experiments: Sequence[Experiment], parameters: int | None) -> list[Ex
     if len(set(names)) < len(names):
         raise UserError(f"an architecture is named twice: {', '.join(names)}")
     for experiment in experiments[1:]:
-        for name in ("data", "mesh"):
+        for name in ("objective", "data", "mesh"):
             if getattr(experiment, name) != getattr(first, name):
                 raise UserError(f"{experiment.name} and {first.name} differ in {name}: they cannot be compared")
         if experiment.loop.batch_size != first.loop.batch_size:
             raise UserError(f"{experiment.name} and {first.name} differ in loop.batch_size: they cannot be compared")
-    vocab_size = make_tokenizer(first.data).vocab_size
-    experiments = [run.with_vocabulary(experiment, vocab_size) for experiment in experiments]
+    tokenizer = make_tokenizer(first.data)
+    experiments = [run.with_vocabulary(experiment, tokenizer) for experiment in experiments]
     parameters = parameters or sizes.count(experiments[0].model)
     return [dataclasses.replace(e, model=sizes.fit_width(e.model, parameters)) for e in experiments]
 

@@ -121,7 +121,13 @@ class Experiment:
     name: str
     """Of the experiment."""
     model: ModelConfig
+    objective: Literal["next-token", "masked-token"] = "next-token"
+    """What is predicted: each next token, or hidden ones from both sides (for encoders)."""
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self):
+        if self.objective == "next-token" and self.model.bidirectional:
+            raise UserError("a bidirectional model sees the next token: objective must be masked-token")

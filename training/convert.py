@@ -31,7 +31,8 @@ def import_model(source: Path, out: Path) -> None:
         tokenizer="bytes" if tokenizer is None else str(out / "tokenizer" / TOKENIZER_FILE),
         sequence_length=min(512, found.model.learned_positions or 512),
     )
-    experiment = Experiment(name=source.resolve().name, model=found.model, data=data)
+    objective = "masked-token" if found.model.bidirectional else "next-token"
+    experiment = Experiment(name=source.resolve().name, model=found.model, objective=objective, data=data)
     run.create(out, experiment, None if tokenizer is None else tokenizer.fingerprint())
     if tokenizer is not None:
         tokenizer.save(out / "tokenizer")

@@ -67,9 +67,9 @@ def score(
             jax.block_until_ready(totals[i - 1])  # at most two batches in flight
         progress(i + 1)
     loss, weight = np.asarray(jax.device_get(totals), np.float64).sum(axis=0)
-    assert round(weight) == packed.num_tokens, (weight, packed.num_tokens)
-    bits = loss / math.log(2) / packed.num_bytes
-    return Score(float(bits), float(loss / weight), packed.num_tokens, time.perf_counter() - begin)
+    nats = loss / weight  # of every token, or of those that were hidden
+    bits = nats * packed.num_tokens / math.log(2) / packed.num_bytes
+    return Score(float(bits), float(nats), packed.num_tokens, time.perf_counter() - begin)
 
 
 def evaluate_run(folder: Path, *, data: str | None = None, json: Path | None = None) -> Score:

@@ -48,7 +48,7 @@ def write_logits(model: Path, input: Path, output: Path, *, generate_tokens: int
         raise UserError(f"--generate must be at least 0, not {generate_tokens}")
     config, graphdef, params = open_model(model)
     given = _read_input(input, config)
-    encoder = any(not getattr(block.mixer, "causal", True) for block in config.blocks)
+    encoder = config.bidirectional
     if encoder and generate_tokens:
         raise UserError(f"{model} is an encoder: it continues nothing")
     tokens, mask, types = given["input_ids"], given.get("attention_mask"), given.get("token_type_ids")

@@ -54,7 +54,7 @@ def train(
         raise UserError(f"--max-steps must be at least 1, not {max_steps}")
     mesh = sharding.make_mesh(experiment.mesh, config.batch_size // config.microbatches)
     tokenizer = make_tokenizer(experiment.data)
-    experiment = run.with_vocabulary(experiment, tokenizer.vocab_size)
+    experiment = run.with_vocabulary(experiment, tokenizer)
     graphdef, abstract_params = nnx.split(sizes.abstract(experiment.model))
     validation = prepare(experiment.data, tokenizer, "validation")
     glance = prepare(experiment.data, tokenizer, "validation", config.eval_tokens) if config.eval_tokens else validation
@@ -72,7 +72,7 @@ def train(
     if (folder / SUMMARY).exists():
         return json.loads((folder / SUMMARY).read_text())
     tokenizer.save(folder / "tokenizer")
-    objective = make_objective(experiment)
+    objective = make_objective(experiment, tokenizer.mask_id)
     optimizer = make_optimizer(experiment.optimizer, config.steps, abstract_params)
 
     def init() -> Any:

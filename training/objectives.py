@@ -47,6 +47,36 @@ def next_token(model: LanguageModel, batch: Batch, rng: jax.Array, *, chunk: int
     return Loss(jnp.sum(loss_BxT * weights_BxT), weight, {k: v * weight for k, v in metrics.items()}, penalty * weight)
 
 
+def masked_token(model: LanguageModel, batch: Batch, rng: jax.Array, *, chunk: int, mask_id: int) -> Loss:
+    """Cross-entropy of hidden tokens, in nats (Devlin et al. 2019, section 3.1).
+
+    Of all tokens 15 % are to be predicted; of these 80 % are replaced by the mask, 10 % by a random token, and 10 %
+    are left as they are.
+
+    Args:
+        model: the model; bidirectional, to see both sides.
+        batch: as for `next_token`; each token is in just one row if the last of each is left out.
+        rng: which tokens.
+        chunk: tokens whose logits exist at one time.
+        mask_id: the mask's token.
+    """
+    tokens, segment_ids = batch["tokens"][:, :-1], batch["segment_ids"][:, :-1]
+    for_choice, for_fate, for_token = jax.random.split(rng, 3)
+    chosen_BxT = jax.random.bernoulli(for_choice, 0.15, tokens.shape) & (segment_ids != 0)
+    fate_BxT = jax.random.uniform(for_fate, tokens.shape)
+    vocab_size = model.config.vocab_size
+    assert vocab_size is not None
+    random_BxT = jax.random.randint(for_token, tokens.shape, 0, vocab_size)
+    hidden_token_BxT = jnp.where(fate_BxT < 0.8, mask_id, jnp.where(fate_BxT < 0.9, random_BxT, tokens))
+    seen_BxT = jnp.where(chosen_BxT, hidden_token_BxT, tokens)
+    hidden_BxTxD, _, routing = model.forward(seen_BxT, segment_ids=segment_ids)
+    loss_BxT = cross_entropy(model.logits, hidden_BxTxD, tokens, chunk=chunk)
+    weights_BxT = chosen_BxT.astype(jnp.float32)
+    weight = jnp.sum(weights_BxT)
+    penalty, metrics = auxiliary_losses(model.config, routing)
+    return Loss(jnp.sum(loss_BxT * weights_BxT), weight, {k: v * weight for k, v in metrics.items()}, penalty * weight)
+
+
 def cross_entropy(
     logits: Callable[[jax.Array], jax.Array], hidden: jax.Array, targets: jax.Array, *, chunk: int
 ) -> jax.Array:

@@ -19,6 +19,7 @@ from typing import Any
 from phyla.models.errors import UserError
 from phyla.models.serialization import from_json, to_json
 from phyla.training.config import Experiment
+from phyla.training.data.tokenizers import Tokenizer
 
 PACKAGES = ("phyla", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "datasets", "tokenizers", "numpy")
 
@@ -112,9 +113,14 @@ def _nearest(folder: Path) -> str:
     return f"; there: {', '.join(map(str, found[:5]))}" if found else ""
 
 
-def with_vocabulary(experiment: Experiment, vocab_size: int) -> Experiment:
-    """The experiment with the tokenizer's vocabulary. Raises UserError if the model has a smaller one."""
-    model = experiment.model
+def with_vocabulary(experiment: Experiment, tokenizer: Tokenizer) -> Experiment:
+    """The experiment with the tokenizer's vocabulary (and mask, if it hides tokens).
+
+    Raises UserError if the model has a smaller vocabulary.
+    """
+    model, vocab_size = experiment.model, tokenizer.vocab_size
+    if experiment.objective == "masked-token":
+        vocab_size = max(vocab_size, tokenizer.mask_id + 1)
     if model.vocab_size is None:
         return dataclasses.replace(experiment, model=dataclasses.replace(model, vocab_size=vocab_size))
     if model.vocab_size < vocab_size:

@@ -15,7 +15,7 @@ from phyla.training import run, sharding
 from phyla.training.checkpoints import Checkpoints, whole_step, with_shardings
 from phyla.training.config import Experiment, MeshConfig
 from phyla.training.data.tokenizers import Tokenizer, check_match, load_tokenizer
-from phyla.training.objectives import Objective, next_token
+from phyla.training.objectives import Objective, masked_token, next_token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,6 @@ class Saved:
     """None: a model that was imported without one."""
     graphdef: nnx.GraphDef
     params: nnx.State
-    objective: Objective
     mesh: Mesh
     step: int
 
@@ -39,14 +38,21 @@ class Saved:
             raise UserError(f"{self.folder} has no tokenizer: the model was imported from a source without one")
         return self.own_tokenizer
 
+    @property
+    def objective(self) -> Objective:
+        """What it was trained for. Raises UserError if the run has no tokenizer."""
+        return make_objective(self.experiment, self.tokenizer.mask_id)
+
     def model(self) -> LanguageModel:
         """The model."""
         return nnx.merge(self.graphdef, self.params)
 
 
-def make_objective(experiment: Experiment) -> Objective:
-    """What the experiment minimises."""
-    return functools.partial(next_token, chunk=experiment.loop.loss_chunk)
+def make_objective(experiment: Experiment, mask_id: int) -> Objective:
+    """What the experiment minimises; the mask is the tokenizer's, for the masked-token objective."""
+    if experiment.objective == "next-token":
+        return functools.partial(next_token, chunk=experiment.loop.loss_chunk)
+    return functools.partial(masked_token, chunk=experiment.loop.loss_chunk, mask_id=mask_id)
 
 
 def load(folder: Path) -> Saved:
@@ -73,7 +79,6 @@ def load(folder: Path) -> Saved:
         own_tokenizer=tokenizer,
         graphdef=graphdef,
         params=jax.block_until_ready(params),
-        objective=make_objective(experiment),
         mesh=mesh,
         step=step,
     )

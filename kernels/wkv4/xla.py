@@ -101,12 +101,11 @@ def _backward(saved, cotangents):
 
     def step(after, inputs):
         """Gradients of aa and bb after this token, and the share of what comes from later chunks."""
-        daa, dbb, kept, reset_KxBx1 = inputs
-        before = daa + kept * after[0], dbb + kept * after[1], kept * after[2]
-        return tuple(jnp.where(reset_KxBx1, 0, x) for x in before), after
+        daa, dbb, kept = inputs
+        return (daa + kept * after[0], dbb + kept * after[1], kept * after[2]), after
 
     zeros = jnp.zeros_like(starts_KxBxD[0])
-    inputs = (past * dy, -past * dy * y, kept, chunks.resets)
+    inputs = (past * dy, -past * dy * y, kept)  # of which the first token of a document has zeros
     (own_daa, own_dbb, share), (daa, dbb, later) = jax.lax.scan(
         step, (zeros, zeros, jnp.ones_like(zeros)), inputs, reverse=True
     )

@@ -59,7 +59,7 @@ def _chunked(r, w, k, v, u, S_BxHxKxV, resets):
     y = _einsum("nbhts,nbhsv->nbhtv", jnp.where(same, scores, 0), v)
     y += jnp.sum(r * k * u.astype(jnp.float32)[:, None], -1, keepdims=True) * v
 
-    # Masked before and after the product: an infinity in another document is not to become 0 × inf, in gradients too.
+    # Where the state may be infinite in another document, the product is masked and not its factor: 0 × inf is not 0.
     to_end = (segments_NxBx1xC == last_NxBx1x1)[..., None]
     added_NxBxHxKxV = _einsum("nbhtk,nbhtv->nbhkv", jnp.where(to_end, k * decay(index > index[:, None]), 0), v)
 
@@ -71,7 +71,7 @@ def _chunked(r, w, k, v, u, S_BxHxKxV, resets):
     inputs = (jnp.exp(w.sum(-2)), added_NxBxHxKxV, last_NxBx1x1[..., None] > 0)
     S_BxHxKxV, starts_NxBxHxKxV = jax.lax.scan(carry, S_BxHxKxV, inputs)
     from_start = (segments_NxBx1xC == 0)[..., None]
-    past = _einsum("nbhtk,nbhkv->nbhtv", jnp.where(from_start, r * decay(index < index[:, None]), 0), starts_NxBxHxKxV)
+    past = _einsum("nbhtk,nbhkv->nbhtv", r * decay(index < index[:, None]), starts_NxBxHxKxV)
     y += jnp.where(from_start, past, 0)
     N, B, H, C, V = y.shape
     return y.transpose(1, 0, 3, 2, 4).reshape(B, N * C, H, V)[:, :T], S_BxHxKxV

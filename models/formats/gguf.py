@@ -103,7 +103,7 @@ def config(fields: dict, shapes: dict[str, tuple[int, ...]], rope_factors: np.nd
     flags.only("llama.rope.dimension_count", head_dim)
     flags.only("llama.expert_count", 0)
     flags.only("llama.expert_used_count", 0)
-    scaling = None
+    scaling = RopeScaling()
     if flags.choose("llama.rope.scaling.type", {"none": False, "linear": True}, "none"):
         scaling = RopeScaling(factor=flags.take("llama.rope.scaling.factor"))
     if rope_factors is not None:

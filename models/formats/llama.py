@@ -39,7 +39,7 @@ def attention(flags: Flags, **fields: Any) -> AttentionConfig:
     )
 
 
-def rope(flags: Flags) -> tuple[float, RopeScaling | None]:
+def rope(flags: Flags) -> tuple[float, RopeScaling]:
     """Base and scaling, as transformers 5 writes them (`rope_parameters`) or as earlier versions do."""
     base = flags.take("rope_theta", 10_000.0)
     said = flags.take("rope_scaling", None)
@@ -47,7 +47,7 @@ def rope(flags: Flags) -> tuple[float, RopeScaling | None]:
     inner = Flags(said)
     base = inner.take("rope_theta", base)
     kind = inner.take("rope_type", inner.take("type", "default"))
-    scaling = None
+    scaling = RopeScaling()
     if kind == "linear":
         scaling = RopeScaling(factor=inner.take("factor"))
     elif kind == "llama3":
@@ -67,7 +67,7 @@ def rope_flags(mixer: AttentionConfig) -> dict:
     """The inverse of `rope`, in both spellings."""
     scaling = mixer.rope_scaling
     said: dict[str, Any] = {"rope_type": "default"}
-    if scaling is not None:
+    if scaling.factor != 1:
         said = {"rope_type": "linear", "factor": scaling.factor}
         if scaling.original_length is not None:
             said |= {
@@ -78,7 +78,7 @@ def rope_flags(mixer: AttentionConfig) -> dict:
             }
     return {
         "rope_theta": mixer.rope_base,
-        "rope_scaling": None if scaling is None else said,
+        "rope_scaling": None if scaling.factor == 1 else said,
         "rope_parameters": {"rope_theta": mixer.rope_base, **said},
     }
 

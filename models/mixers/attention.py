@@ -21,8 +21,8 @@ from phyla.models.weights import fan_in
 class RopeScaling:
     """Slower rotations, for sequences longer than those that a model was first trained on."""
 
-    factor: float
-    """How many times slower."""
+    factor: float = 1.0
+    """How many times slower; 1 for none of this."""
     original_length: int | None = None
     """None: every frequency (Chen et al. 2023). Else the first training's length: only the frequencies that turn less
     than `low_frequency` times in it are slowed, none that turn more than `high_frequency` times, and those between by
@@ -47,8 +47,8 @@ class AttentionConfig(LayerConfig):
     """Rotary (Su et al. 2021), linear biases (Press et al. 2022), or none."""
     rope_base: float = 10_000.0
     """The longest wavelength of RoPE, over 2π."""
-    rope_scaling: RopeScaling | None = None
-    """For sequences longer than in training; None for none."""
+    rope_scaling: RopeScaling = RopeScaling()
+    """For sequences longer than in training."""
     window: int | None = None
     """How many tokens back, itself included, a token sees; None: all."""
     causal: bool = True
@@ -202,12 +202,15 @@ class Attention(Layer):
 
 
 def rotate(
-    x_BxTxNxH: jax.Array, positions_BxT: jax.Array, base: float, scaling: RopeScaling | None = None
+    x_BxTxNxH: jax.Array,
+    positions_BxT: jax.Array,
+    base: float,
+    scaling: RopeScaling = RopeScaling(),
 ) -> jax.Array:
     """Rotary position embedding of the two halves of the head dimension, in float32 (Su et al. 2021, equation 34)."""
     half = x_BxTxNxH.shape[-1] // 2
     frequency_h = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    if scaling is not None:
+    if scaling.factor != 1:
         slowed_h = 1.0
         if scaling.original_length is not None:
             turns_h = frequency_h * (scaling.original_length / (2 * math.pi))

@@ -1,8 +1,8 @@
-"""Mamba-3: a state space discretised by the trapezoidal rule, whose state rotates (Lahoti et al. 2026).
+"""Mamba-3: a state space discretised by the trapezoidal rule, whose state rotates (arXiv 2603.15569).
 
-This is the variant with a single input and output (SISO), after arXiv 2603.15569 and, where that leaves a choice, the
-authors' present code (state-spaces/mamba, modules/mamba3.py): the decay rate depends on the token through a
-heavy-tailed function (their first release had softplus), and no norm stands before the output projection.
+This is the variant with a single input and output (SISO) as the authors' present code has it (state-spaces/mamba,
+modules/mamba3.py): the decay rate depends on the token through a heavy-tailed function (their first release had
+softplus there), and no norm stands before the output projection.
 
     h_t = α_t h_{t-1} + (1 - λ_t) Δ_t α_t v_{t-1} k_{t-1}' + λ_t Δ_t v_t k_t',  α_t = exp(Δ_t A_t)
     y_t = h_t q_t + D v_t
@@ -134,32 +134,30 @@ class Mamba3(Layer):
         k_BxTxHxN = _rotate(self._by_head(B_, self.B_norm, self.B_bias), angle_BxTxHxS)
         q_BxTxHxN = _rotate(self._by_head(C_, self.C_norm, self.C_bias), angle_BxTxHxS)
 
-        # A token enters the state twice: at once with λ Δ, and at the next token of its document with that one's
-        # (1 - λ) Δ α, where α is what the state decays by from the one to the other. So its weight in all later outputs
-        # is the sum of λ Δ and the next (1 - λ) Δ, and in its own output only λ Δ.
+        # A token enters the state with λ Δ at once, and with the next one's (1 - λ) Δ α at the next. As it fades by the
+        # same α meanwhile, the scan is of the state before the token's own entry: there each enters once, with both.
         now_BxTxH, late_BxTxH = mix_BxTxH * dt_BxTxH, (1 - mix_BxTxH) * dt_BxTxH
-        next_BxTxH = jnp.pad(late_BxTxH[:, 1:], ((0, 0), (0, 1), (0, 0)))
+        weight_BxTxH = late_BxTxH.at[:, 1:].add(now_BxTxH[:, :-1]) * jnp.exp(log_decay_BxTxH)
         if segment_ids is not None:
-            last_of_document = jnp.pad(starts(segment_ids)[:, 1:], ((0, 0), (0, 1)))
-            next_BxTxH = jnp.where(last_of_document[..., None], 0, next_BxTxH)
-        entering = late_BxTxH[:, 0, :, None, None] * before.v[..., None] * before.k[..., None, :]
+            weight_BxTxH = jnp.where(starts(segment_ids)[..., None], 0, weight_BxTxH)
         y_BxTxHxP, ssm = ssd(
-            ((now_BxTxH + next_BxTxH)[..., None] * v_BxTxHxP).astype(x.dtype),
+            (weight_BxTxH[..., None] * _shift(v_BxTxHxP, before.v)).astype(x.dtype),
             jnp.ones_like(dt_BxTxH),
             log_decay_BxTxH,
-            k_BxTxHxN.astype(x.dtype),
+            _shift(k_BxTxHxN, before.k).astype(x.dtype),
             q_BxTxHxN.astype(x.dtype),
-            initial_state=before.ssm + entering,
+            initial_state=before.ssm,
             segment_ids=segment_ids,
         )
-        own_BxTxH = self.D[...] - next_BxTxH * jnp.sum(k_BxTxHxN * q_BxTxHxN, axis=-1)
+        own_BxTxH = now_BxTxH * jnp.sum(k_BxTxHxN * q_BxTxHxN, axis=-1) + self.D[...]
         y_BxTxHxP = y_BxTxHxP + own_BxTxH[..., None] * v_BxTxHxP
         y_BxTxD = y_BxTxHxP.reshape(B, T, self.inner) * jax.nn.silu(z.astype(jnp.float32))
         y_BxTxD = self.out_proj(y_BxTxD.astype(x.dtype))
         if state is None:
             return y_BxTxD, None
-        cursor = advance(state.cursor, segment_ids, B, T)[2]
-        return y_BxTxD, Mamba3State(angle_BxTxHxS[:, -1], ssm, k_BxTxHxN[:, -1], v_BxTxHxP[:, -1], cursor)
+        angle, k, v, now = (part[:, -1] for part in (angle_BxTxHxS, k_BxTxHxN, v_BxTxHxP, now_BxTxH))
+        ssm += (now[..., None] * v)[..., None] * k[..., None, :]
+        return y_BxTxD, Mamba3State(angle, ssm, k, v, advance(state.cursor, segment_ids, B, T)[2])
 
     def _by_head(self, v_BxTxGN: jax.Array, norm: RMSNorm, bias: nnx.Param) -> jax.Array:
         """Normalised, copied to each head of the group, with the head's bias: float32 [B, T, H, N]."""
@@ -170,6 +168,11 @@ class Mamba3(Layer):
 
 def _memory(state: Mamba3State) -> dict[str, jax.Array]:
     return {name: value for name, value in state._asdict().items() if name != "cursor"}
+
+
+def _shift(v: jax.Array, before: jax.Array) -> jax.Array:
+    """[B, T, ...], each token's taken from the token before it; the first one's is `before`."""
+    return jnp.concatenate([before[:, None], v[:, :-1]], axis=1)
 
 
 def _heavy_tailed(x: jax.Array) -> jax.Array:

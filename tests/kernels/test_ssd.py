@@ -71,13 +71,15 @@ def test_small_decays_are_exact_after_large_ones():
     close_to_the_reference(arguments, state, None)
 
 
-def test_nothing_of_another_document_is_seen_wherever_it_is():
+def test_nothing_of_another_document_is_seen_even_of_a_state_that_overflowed():
+    """Which passes from the first chunk to the second, where the document in the middle begins."""
     arguments, state = problem()
-    segment_ids = np.asarray([[1] * 5 + [2] * CHUNK + [3] * (T - CHUNK - 5)] * B)
+    segment_ids = np.asarray([[1] * (CHUNK + 5) + [2] * CHUNK + [3] * (T - 2 * CHUNK - 5)] * B)
     here = segment_ids[0] == 2
-    loud = {key: np.where(here[:, None, None], v, 3e38) if key == "x" else v for key, v in arguments.items()}
+    loud = arguments | {"x": np.where(here[:, None, None], arguments["x"], 3e38), "B": 10 * arguments["B"]}
+    quiet = arguments | {"B": 10 * arguments["B"]}
     quiet_y, loud_y = (
-        outputs_and_gradients(given, state, segment_ids, "xla", jnp.float32)[0][0] for given in (arguments, loud)
+        outputs_and_gradients(given, state, segment_ids, "xla", jnp.float32)[0][0] for given in (quiet, loud)
     )
     np.testing.assert_array_equal(quiet_y[:, here], loud_y[:, here])
 

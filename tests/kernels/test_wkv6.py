@@ -40,7 +40,21 @@ def test_several_chunks(starts):
     segment_ids = np.zeros((B, T), np.int32)
     for start in starts:
         segment_ids[1, start:] += 1
-    compare(inputs(), jnp.asarray(segment_ids))
+    r, w, k, v, u, state = inputs()
+    compare((r, w / 30, k, v, u, state), jnp.asarray(segment_ids))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("loud", [slice(40, None), slice(40)])
+def test_an_overflow_in_one_document_leaves_the_other_alone(implementation, loud):
+    r, w, k, v, u, state = (jnp.asarray(x, jnp.float32) for x in inputs())
+    segment_ids = jnp.zeros((B, T), jnp.int32).at[:, loud].set(1)
+    before, _ = wkv6(r, w, k, v, u, initial_state=state, segment_ids=segment_ids, implementation=implementation)
+    r, k, v = (x.at[:, loud].set(3e38) for x in (r, k, v))
+    after, _ = wkv6(r, w, k, v, u, initial_state=state, segment_ids=segment_ids, implementation=implementation)
+    assert not np.isfinite(after).all()
+    quiet = np.asarray(segment_ids == 0)
+    np.testing.assert_array_equal(np.asarray(before)[quiet], np.asarray(after)[quiet])
 
 
 def test_a_decay_beyond_all_bounds_spoils_no_digit_of_the_others():

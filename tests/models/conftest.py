@@ -8,6 +8,7 @@ from phyla.models.config import BlockConfig, LayerConfig, ModelConfig
 from phyla.models.mixers.attention import AttentionConfig
 from phyla.models.mixers.mamba import MambaConfig
 from phyla.models.mixers.mamba2 import Mamba2Config
+from phyla.models.mixers.mamba3 import Mamba3Config
 from phyla.models.mixers.mlstm import MLSTMBlockConfig, MLSTMConfig
 from phyla.models.mixers.rwkv4 import RWKV4ChannelConfig, RWKV4Config
 from phyla.models.mixers.rwkv6 import RWKV6ChannelConfig, RWKV6Config
@@ -56,6 +57,7 @@ ARCHITECTURES = {
     "attention-factorised": model((ATTENTION, None), embedding_width=8, groups=1, token_types=2),
     "mamba": model((MAMBA, None)),
     "mamba2": model((Mamba2Config(head_dim=8, state=6, groups=2), None)),
+    "mamba3": model((Mamba3Config(head_dim=8, state=6, groups=2), None)),
     "moe": model(
         (ATTENTION, MoEConfig(experts=3, expand=1.5, activation="gelu", gated=False, shared=2)),
         layers=3,

@@ -1,5 +1,7 @@
 """The sLSTM layer against its definition, and how it begins."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,7 +72,7 @@ def test_every_block_begins_as_published():
     block = BlockConfig(mixer=SLSTMConfig(heads=2), channel=GatedMLPConfig(expand=1.3, activation="gelu", round_to=64))
     width, L = 128, 3
     model = LanguageModel(ModelConfig(width=width, layers=L, vocab_size=7, pattern=(block,)), nnx.Rngs(0))
-    mixer = model.periods.blocks[0].mixer
+    mixer: Any = model.periods.blocks[0].mixer
     P = width // 2
     for layer in range(L):
         power = 0.3 + 1.3 * layer / (L - 1)
@@ -86,8 +88,8 @@ def test_every_block_begins_as_published():
 
 def test_a_single_block_has_the_power_law_of_a_first_one():
     config = ModelConfig(width=8, layers=1, vocab_size=7, pattern=(BlockConfig(mixer=SLSTMConfig(heads=8)),))
-    bias = LanguageModel(config, nnx.Rngs(0)).periods.blocks[0].mixer.bias[0, 1]
-    np.testing.assert_allclose(bias, 5)  # and heads of one cell have its first value
+    mixer: Any = LanguageModel(config, nnx.Rngs(0)).periods.blocks[0].mixer
+    np.testing.assert_allclose(mixer.bias[0, 1], 5)  # and heads of one cell have its first value
 
 
 def test_the_cell_is_float32_whatever_the_dtype():
@@ -97,6 +99,7 @@ def test_the_cell_is_float32_whatever_the_dtype():
     mixer = config.build(model, nnx.Rngs(0), 0)
     mixer.bias.set_value(jnp.zeros_like(mixer.bias[...]).at[1].set(50.0))
     _, state = mixer(jnp.zeros((1, 400, 4), jnp.bfloat16), mixer.initial_state(1, 400))
+    assert state is not None
     np.testing.assert_allclose(state.cell[1], 400)
     assert {leaf.dtype for leaf in state.cell} == {jnp.dtype(jnp.float32)}
 

@@ -57,7 +57,7 @@ def _setup(experiment: Experiment, **loop) -> tuple:
     )
     graphdef, params = nnx.split(LanguageModel(experiment.model, nnx.Rngs(0)))
     optimizer = make_optimizer(experiment.optimizer, experiment.loop.steps, params)
-    step = make_step(graphdef, make_objective(experiment), optimizer, experiment.loop)
+    step = make_step(graphdef, make_objective(experiment, mask_id=30), optimizer, experiment.loop)
     return jax.jit(step), initial_state(params, optimizer, experiment.loop), graphdef, experiment
 
 

@@ -177,7 +177,7 @@ def test_the_run_directory_says_what_was_run(experiment, tmp_path):
     assert record["versions"]["jax"] == jax.__version__
     assert record["tokenizer"]["vocab_size"] == 257
     assert "git" in record
-    assert run.read_experiment(tmp_path / "run") == run.with_vocabulary(experiment, 257)
+    assert run.read_experiment(tmp_path / "run") == run.with_vocabulary(experiment, ByteTokenizer())
 
 
 def test_a_trained_tokenizer_and_tensorboard_belong_to_the_run(experiment, tmp_path):

@@ -1,5 +1,7 @@
 """The loss: equal to the textbook's, never all logits at once, only real targets counted."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +9,12 @@ import pytest
 from flax import nnx
 
 from phyla.models.config import BlockConfig, ModelConfig
+from phyla.models.errors import UserError
 from phyla.models.language_model import LanguageModel
 from phyla.models.mixers.attention import AttentionConfig
+from phyla.models.mlp import MLPConfig
 from phyla.models.moe import MoEConfig
-from phyla.training.objectives import cross_entropy, next_token
+from phyla.training.objectives import cross_entropy, masked_token, next_token
 
 
 def reference(hidden, table, targets):
@@ -98,3 +102,49 @@ def test_what_experts_add_is_a_penalty_and_no_part_of_the_loss():
     expected = 2 * (0.5 * means["balance_loss"] + 0.25 * means["z_loss"])
     np.testing.assert_allclose(both.penalty / both.weight, expected, rtol=1e-6)
     assert 0 <= means["idlest_expert"] <= 1 / 3 <= means["busiest_expert"] <= 1 / 2
+
+
+ENCODER = ModelConfig(
+    width=16,
+    layers=2,
+    vocab_size=12,
+    pattern=(BlockConfig(mixer=AttentionConfig(heads=2, causal=False), channel=MLPConfig()),),
+)
+
+
+def test_masked_tokens_are_hidden_and_only_they_are_predicted():
+    """What the model is shown, by the recipe: 15 % chosen, of them 80 % masked, 10 % random, 10 % left."""
+    shown = []
+
+    class Recorder(LanguageModel):
+        def forward(self, tokens, state=None, segment_ids=None, token_types=None):
+            shown.append(tokens)
+            return super().forward(tokens, state, segment_ids, token_types)
+
+    model = Recorder(ENCODER, nnx.Rngs(0))
+    tokens = jnp.full((64, 401), 3)
+    segment_ids = jnp.where(jnp.arange(401) < 300, 1, 0) * jnp.ones((64, 1), jnp.int32)
+    loss = masked_token(model, {"tokens": tokens, "segment_ids": segment_ids}, jax.random.key(0), chunk=64, mask_id=11)
+    real, seen = 64 * 300, np.asarray(shown[0])
+    assert float(loss.weight) == pytest.approx(0.15 * real, rel=0.03)
+    assert (seen[:, 300:] == 3).all()
+    assert (seen == 11).sum() == pytest.approx(0.15 * 0.8 * real + 0.15 * 0.1 * real / 12, rel=0.05)
+    others = (seen != 3) & (seen != 11)
+    assert others.sum() == pytest.approx(0.15 * 0.1 * real * 10 / 12, rel=0.15)
+    # The loss is that of token 3 at the chosen places: near ln 12 for a model that knows nothing.
+    assert float(loss.total / loss.weight) == pytest.approx(np.log(12), abs=0.5)
+
+
+def test_an_encoder_learns_the_masked_tokens_and_is_refused_the_next(setup, experiment):
+    with pytest.raises(UserError, match="objective must be masked-token"):
+        dataclasses.replace(experiment, model=ENCODER)
+    masked = dataclasses.replace(experiment, model=ENCODER, objective="masked-token")
+    step, state, _, _ = setup(masked)
+    # Every token repeats its neighbours: both sides give a hidden one away.
+    tokens = jnp.repeat(jax.random.randint(jax.random.key(1), (8, 5), 0, 9), 8, axis=1)[:, :33]
+    batch = {"tokens": tokens, "segment_ids": jnp.ones_like(tokens)}
+    losses = []
+    for _ in range(60):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics.loss))
+    assert np.mean(losses[-5:]) < 0.75 * np.mean(losses[:5])

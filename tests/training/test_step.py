@@ -28,7 +28,7 @@ def test_accumulation_equals_the_whole_batch(experiment, setup, batch, microbatc
 
 def test_the_gradient_is_that_of_the_mean_over_tokens(experiment, setup, batch):
     step, state, graphdef, experiment = setup(experiment)
-    objective = make_objective(experiment)
+    objective = make_objective(experiment, mask_id=30)
 
     def mean(params):
         loss = objective(nnx.merge(graphdef, params), batch, jax.random.key(0))

@@ -19,7 +19,7 @@ from phyla.models.errors import UserError
 from phyla.training import machine, run, sharding
 from phyla.training.bench import BATCH, LENGTH
 from phyla.training.bench.peers import Peers, start
-from phyla.training.bench.timing import PROMPT, TOKENS, Inference, Timed, is_encoder, training_step
+from phyla.training.bench.timing import PROMPT, TOKENS, Inference, Timed, training_step
 from phyla.training.config import Experiment, LoopConfig, MeshConfig
 from phyla.training.progress import Reporter
 
@@ -71,7 +71,10 @@ def bench_models(
         record["peak_flops"] = machine.matmul_peak(mesh, "float32")
         done = 0
         for name, architecture in architectures.items():
-            experiment = Experiment(name=name, model=architecture.model, loop=LoopConfig(batch_size=BATCH))
+            objective = "masked-token" if architecture.model.bidirectional else "next-token"
+            experiment = Experiment(
+                name=name, model=architecture.model, objective=objective, loop=LoopConfig(batch_size=BATCH)
+            )
             pair = Pair(experiment, mesh, peer if architecture.peer else None, architecture.peer)
             times = []
             for _ in range(rounds + 1):
@@ -132,7 +135,7 @@ class Pair:
             "vocab_size": model.vocab_size,
             "parameters": self.parameters,
             "peer_parameters": self.peer_parameters,
-            "encoder": is_encoder(self.experiment),
+            "encoder": self.experiment.model.bidirectional,
             "peak_memory": self.peak_memory,
             "peer_peak_memory": self.peer_peak_memory,
         }

@@ -44,7 +44,7 @@ def training_step(experiment: Experiment, mesh: Mesh) -> TrainingStep:
     state = jax.jit(init, out_shardings=layout)()
     tokens = random_tokens(experiment, BATCH, LENGTH + 1)
     batch = sharding.put_batch({"tokens": tokens, "segment_ids": np.ones_like(tokens)}, mesh)
-    step = make_step(graphdef, make_objective(experiment), optimizer, experiment.loop)
+    step = make_step(graphdef, make_objective(experiment, mask_id=0), optimizer, experiment.loop)
     whole = NamedSharding(mesh, PartitionSpec())
     compiled = jax.jit(step, donate_argnums=0, out_shardings=(layout, whole)).lower(state, batch).compile()
     state = jax.block_until_ready(compiled(state, batch)[0])
@@ -74,7 +74,7 @@ class Inference:
         """The next tokens after all of a batch, and the state; of an encoder, its hidden vectors."""
         tokens = random_tokens(self._experiment, BATCH, LENGTH)
         batch = sharding.put_batch({"tokens": tokens}, self._mesh)["tokens"]
-        if is_encoder(self._experiment):
+        if self._experiment.model.bidirectional:
             encode = jax.jit(lambda params, tokens: nnx.merge(self._graphdef, params)(tokens)[0])
             return lambda: _seconds(encode, self._params, batch)
         key = jax.random.key(0)
@@ -82,7 +82,7 @@ class Inference:
 
     def decode(self) -> Timed | None:
         """`TOKENS` tokens after a prompt, each the likeliest; None for an encoder."""
-        if is_encoder(self._experiment):
+        if self._experiment.model.bidirectional:
             return None
         params = jax.device_put(self._params, self._mesh.devices.flat[0])
         prompt = random_tokens(self._experiment, 1, PROMPT)
@@ -93,11 +93,6 @@ class Inference:
             return _seconds(self._generator.decode, params, jax.block_until_ready(decoder), count=TOKENS)
 
         return once
-
-
-def is_encoder(experiment: Experiment) -> bool:
-    """Whether a token sees what comes after it, so that nothing can be decoded."""
-    return not all(getattr(block.mixer, "causal", True) for block in experiment.model.blocks)
 
 
 def random_tokens(experiment: Experiment, rows: int, length: int) -> np.ndarray:

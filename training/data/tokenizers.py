@@ -27,6 +27,7 @@ TOKENIZER_FILE = "tokenizer.json"
 
 # Names of the token that starts (ends) a document, tried in order where the tokenizer does not say.
 _BOS_NAMES = (SEPARATOR, "<|begin_of_text|>", "<s>", "<bos>", "[CLS]", "<|im_start|>")
+_MASK_NAMES = ("[MASK]", "<mask>")
 _EOS_NAMES = (SEPARATOR, "<|end_of_text|>", "</s>", "<eos>", "[SEP]", "<|im_end|>")
 
 
@@ -46,6 +47,11 @@ class Tokenizer(Protocol):
     @property
     def eos_id(self) -> int:
         """The id behind every document, at which generation stops; where there is one separator it is `bos_id`."""
+        ...
+
+    @property
+    def mask_id(self) -> int:
+        """The id that hides a token in masked-token training; `vocab_size` where the tokenizer has none of its own."""
         ...
 
     def encode(self, text: str) -> np.ndarray:
@@ -79,6 +85,7 @@ class ByteTokenizer:
     vocab_size = 257
     bos_id = 256
     eos_id = 256
+    mask_id = 257  # beyond the vocabulary
 
     def encode(self, text: str | bytes) -> np.ndarray:
         """Return the bytes of a text, int32 [L]."""
@@ -126,6 +133,8 @@ class HuggingFaceTokenizer:
         self._core = core
         self.bos_id = bos_id
         self.eos_id = eos_id
+        masks = (core.token_to_id(name) for name in _MASK_NAMES)
+        self.mask_id = next((i for i in masks if i is not None), core.get_vocab_size())
         self.vocab_size = max(core.get_vocab(with_added_tokens=True).values()) + 1
         byte_level = isinstance(core.decoder, tokenizers.decoders.ByteLevel)
         self._bytes_V = _byte_lengths(core, self.vocab_size) if byte_level else None
