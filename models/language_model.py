@@ -168,7 +168,7 @@ class LanguageModel(nnx.Module):
         state: ModelState | None = None,
         segment_ids: jax.Array | None = None,
         token_types: jax.Array | None = None,
-    ) -> tuple[jax.Array, ModelState | None]:
+    ) -> tuple[jax.Array, Any]:
         """`forward` without the routing: (hidden, state)."""
         return self.forward(tokens, state, segment_ids, token_types)[:2]
 

@@ -14,7 +14,7 @@ def mlstm_reference(q, k, v, i, f, state, resets, gate, epsilon):
         *token, reset_B = inputs
         if reset_B is not None:
             state = tuple(jnp.where(reset_B.reshape(-1, *(1,) * (s.ndim - 1)), 0, s) for s in state)
-        return step(state, *token, gate, epsilon)
+        return step(state, *token, gate=gate, epsilon=epsilon)
 
     by_time = [jnp.moveaxis(x, 1, 0).astype(dtype) for x in (q, k, v, i, f)]
     state, h_TxBxHxV = jax.lax.scan(body, state, (*by_time, None if resets is None else resets.T))

@@ -25,8 +25,8 @@ def mlstm_xla(q, k, v, i, f, state, resets, gate, epsilon):
         raise ValueError("mlstm: 'xla' computes in float32, but v is float64; cast it or use 'reference'")
     i_BxTxH, f_BxTxH = i.astype(jnp.float32), f.astype(jnp.float32)
     if q.shape[1] == 1:
-        q_k_v = (x[:, 0].astype(jnp.float32) for x in (q, k, v))
-        state, h_BxHxV = step(state, *q_k_v, i_BxTxH[:, 0], f_BxTxH[:, 0], gate, epsilon)
+        token = (x[:, 0].astype(jnp.float32) for x in (q, k, v, i, f))
+        state, h_BxHxV = step(state, *token, gate=gate, epsilon=epsilon)
         return h_BxHxV[:, None].astype(v.dtype), state
     log_f_BxTxH = jax.nn.log_sigmoid(f_BxTxH)
     if gate == "sigmoid":

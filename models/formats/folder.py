@@ -143,8 +143,8 @@ def open_folder(folder: Path, named: Any) -> Source:
 
 RESOLVED = ("expand", "head_dim", "kv_heads", "dt_rank", "groups")
 """Fields that parameter shapes show: a format may say them in other words (None, a ratio, a width)."""
-IMMATERIAL = ("dtype", "remat", "balance_loss", "z_loss")
-"""Fields that change no parameter and no result beyond rounding."""
+IMMATERIAL = ("dtype", "remat", "balance_loss", "z_loss", "input_bias")
+"""Fields that change training or initialisation, but no result of given parameters beyond rounding."""
 
 
 def check_expressible(layout: Format, model: ModelConfig) -> dict:

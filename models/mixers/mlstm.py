@@ -218,10 +218,12 @@ class MLSTMBlock(Layer):
             segment_ids=segment_ids,
         )
         c_BxTxI = jax.nn.silu(c_BxTxI)
-        qkv = self.q(c_BxTxI), self.k(c_BxTxI), self.v(u_BxTxI)
-        of_gates = jnp.concatenate(qkv, axis=-1)
+        q, k, v = self.q(c_BxTxI), self.k(c_BxTxI), self.v(u_BxTxI)
+        of_gates = jnp.concatenate((q, k, v), axis=-1)
         h_BxTxHxV, memory = mlstm(
-            *(_heads(part, H) for part in qkv),
+            _heads(q, H),
+            _heads(k, H),
+            _heads(v, H),
             self.i_gate(of_gates) + self.i_bias[...],
             self.f_gate(of_gates) + self.f_bias[...],
             initial_state=memory,
@@ -247,7 +249,7 @@ def _heads(x: jax.Array, heads: int) -> jax.Array:
 
 def _spread(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Forget gates that remember from some 20 to some 400 tokens."""
-    return jnp.linspace(3.0, 6.0, *shape)
+    return jnp.linspace(3.0, 6.0, shape[0])
 
 
 def _small(width: int):

@@ -56,7 +56,8 @@ def test_against_numpy(implementation, cached, causal, window, alibi, packed):
     def run(inputs, implementation):
         bias = jnp.asarray(slopes, jnp.float32) if alibi else None
         fields = {"causal": causal, "window": window, "slopes": bias, "implementation": implementation}
-        return attention(*inputs, queries, keys, **fields)
+        q, k, v = inputs
+        return attention(q, k, v, queries, keys, **fields)
 
     half = [jnp.asarray(x, jnp.float32) for x in (q, k, v)]
     np.testing.assert_allclose(run(half, implementation), wanted, atol=2e-6)

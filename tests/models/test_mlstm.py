@@ -132,9 +132,9 @@ def test_the_block_begins_as_published():
     assert (mixer.skip[...] == 1).all()
     for gate in (mixer.i_gate, mixer.f_gate):
         assert not materialize(gate.weight).any()
-    assert mixer.q.weight.shape == (128, 4, 4)
+    assert materialize(mixer.q.weight).shape == (128, 4, 4)
     for layer in (mixer.up, mixer.q, mixer.k, mixer.v):
-        np.testing.assert_allclose(np.std(layer.weight[...]), (2 / (5 * 256)) ** 0.5, rtol=0.05)
+        np.testing.assert_allclose(np.std(materialize(layer.weight)), (2 / (5 * 256)) ** 0.5, rtol=0.05)
     np.testing.assert_allclose(np.std(materialize(mixer.down.weight)), 2 / 8 / 16, rtol=0.02)
     for taps in (mixer.conv_weight, mixer.conv_bias):  # uniform on ± 1/√4
         assert 0.48 < np.abs(taps[...]).max() <= 0.5

@@ -83,7 +83,8 @@ def test_every_block_begins_as_published():
     for gate in (mixer.i, mixer.f, mixer.z, mixer.o):
         assert gate.weight.shape == (L, 2, P, P)
         np.testing.assert_allclose(np.std(gate.weight[...]), np.sqrt(2 / 5 / width), rtol=0.02)
-    assert model.periods.blocks[0].channel.up.weight.shape == (L, width, 192)  # 1.3 · 128 = 166.4
+    channel: Any = model.periods.blocks[0].channel
+    assert channel.up.weight.shape == (L, width, 192)  # 1.3 · 128 = 166.4
 
 
 def test_a_single_block_has_the_power_law_of_a_first_one():

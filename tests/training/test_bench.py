@@ -87,7 +87,7 @@ def test_one_round_of_one_architecture(tmp_path, capsys):
 
 
 def test_an_encoder_is_not_decoded(tmp_path):
-    experiment = Experiment(name="encoder", model=ENCODER, loop=LoopConfig(batch_size=BATCH))
+    experiment = Experiment(name="encoder", model=ENCODER, objective="masked-token", loop=LoopConfig(batch_size=BATCH))
     inference = Inference(experiment, sharding.make_mesh(MeshConfig(data=1), BATCH))
     assert inference.decode() is None
     assert inference.prefill()() > 0
