@@ -52,6 +52,9 @@ def to_config(model: ModelConfig) -> dict:
     mixer = model.pattern[0].mixer
     if not isinstance(mixer, Mamba2Config):
         raise UserError("the format mamba2 has Mamba-2 in every block; this model has not")
+    expand, rest = divmod(mixer.inner(model), model.width)
+    if rest:
+        raise UserError(f"the format mamba2 can say whole values of expand only, not {mixer.expand}")
     limit = {}
     if mixer.dt_limit is not None:
         limit["time_step_limit"] = [x if math.isfinite(x) else {"__float__": "Infinity"} for x in mixer.dt_limit]
@@ -60,7 +63,7 @@ def to_config(model: ModelConfig) -> dict:
         "vocab_size": model.vocab_size,
         "hidden_size": model.width,
         "num_hidden_layers": model.layers,
-        "expand": mixer.expand,
+        "expand": expand,
         "head_dim": mixer.head_dim,
         "num_heads": mixer.heads(model),
         "state_size": mixer.state,

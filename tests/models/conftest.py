@@ -118,3 +118,23 @@ assert set(LAYERS.values()) <= covered(), "a registered layer is missing from th
 def architecture(request) -> ModelConfig:
     """Each in turn."""
     return ARCHITECTURES[request.param]
+
+
+ALWAYS = {
+    "test_token_by_token_equals_the_whole",
+    "test_packed_documents_equal_separate_ones_gradients_included",
+    "test_left_padding_changes_nothing",
+    "test_a_gradient_reaches_every_parameter",
+}
+"""What `make test` asks of every architecture."""
+WHOLLY = {"attention", "mamba", "rwkv7-hybrid"}
+"""The architectures of which `make test` asks everything; `make test-all` does so of all."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the rest of the contract suite as slow."""
+    for item in items:
+        if not isinstance(item, pytest.Function) or item.path.name != "test_contract.py":
+            continue
+        if item.originalname not in ALWAYS and item.callspec.params["architecture"] not in WHOLLY:
+            item.add_marker(pytest.mark.slow)
