@@ -345,7 +345,8 @@ def _sequences(experiment: "Experiment") -> int:
 
 
 def _experiments() -> str:
-    return "\n".join(f"  {name:<12} {_summary(name)}" for name in configs.EXPERIMENTS)
+    widest = max(map(len, configs.EXPERIMENTS))
+    return "\n".join(f"  {name:<{widest}} {_summary(name)}" for name in configs.EXPERIMENTS)
 
 
 def _summary(name: str) -> str:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from phyla.models.config import ModelConfig
-from phyla.models.errors import UserError
+from phyla.models.errors import UserError, check_divides
 from phyla.training.data.config import DataConfig
 
 
@@ -88,13 +88,7 @@ class LoopConfig:
         at_least("loop", self, checkpoint_every=1, keep=1, log_every=1, ema=0, max_skipped=1, loss_chunk=1)
         if self.ema >= 1:
             raise UserError(f"loop.ema must be below 1, not {self.ema}")
-        if self.batch_size % self.microbatches:
-            fits = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
-            nearest = min(fits, key=lambda n: abs(n - self.microbatches))
-            raise UserError(
-                f"loop.microbatches {self.microbatches} does not divide loop.batch_size {self.batch_size}; "
-                f"nearest: {nearest}"
-            )
+        check_divides("loop.microbatches", self.microbatches, "loop.batch_size", self.batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)

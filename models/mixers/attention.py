@@ -12,7 +12,7 @@ from flax import nnx
 from phyla.kernels.attention import Tokens, attention
 from phyla.models.config import LayerConfig, ModelConfig
 from phyla.models.cursor import Cursor, advance, start
-from phyla.models.errors import UserError
+from phyla.models.errors import UserError, check_divides
 from phyla.models.layers import Layer, Linear, RMSNorm
 from phyla.models.weights import fan_in
 
@@ -66,18 +66,9 @@ class AttentionConfig(LayerConfig):
         for name, value in (("heads", self.heads), ("kv_heads", kv_heads), ("window", self.window)):
             if value is not None and value < 1:
                 raise UserError(f"attention.{name} must be at least 1, not {value}")
-        if self.heads % kv_heads:
-            fits = [n for n in range(1, self.heads + 1) if self.heads % n == 0]
-            nearest = min(fits, key=lambda n: abs(n - kv_heads))
-            raise UserError(
-                f"attention.kv_heads {kv_heads} does not divide attention.heads {self.heads}; nearest: {nearest}"
-            )
-        if self.head_dim is None and model.width % self.heads:
-            fits = [n for n in range(1, model.width + 1) if model.width % n == 0]
-            nearest = min(fits, key=lambda n: abs(n - self.heads))
-            raise UserError(
-                f"attention.heads {self.heads} does not divide model.width {model.width}; nearest: {nearest}"
-            )
+        check_divides("attention.kv_heads", kv_heads, "attention.heads", self.heads)
+        if self.head_dim is None:
+            check_divides("attention.heads", self.heads, "model.width", model.width)
         head_dim = self.resolved_head_dim(model)
         if head_dim < 1 or (self.positions == "rope" and head_dim % 2):
             raise UserError(f"attention.head_dim must be positive, and even for RoPE, not {head_dim}")

@@ -80,7 +80,7 @@ class Mamba(Layer):
             norm = functools.partial(RMSNorm, rngs=rngs, epsilon=model.norm_epsilon)
             self.dt_norm, self.B_norm, self.C_norm = norm(self.dt_rank), norm(N), norm(N)
         self.dt_proj = Linear((self.dt_rank, inner), ("state", "inner"), rngs, init=_uniform_fan_in)
-        self.dt_bias = parameter(_dt_bias, (inner,), ("inner",), rngs)
+        self.dt_bias = parameter(initial_dt_bias, (inner,), ("inner",), rngs)
         # A = -1 … -N in every channel (S4D-real).
         a_log = lambda key, shape: jnp.broadcast_to(jnp.log(jnp.arange(1, N + 1)), shape)  # noqa: E731
         self.A_log = parameter(a_log, (inner, N), ("inner", "state"), rngs)
@@ -144,7 +144,7 @@ def _uniform_fan_in(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
 
-def _dt_bias(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def initial_dt_bias(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The inverse softplus of step sizes drawn log-uniformly from [1e-3, 0.1] (section 3.6)."""
     low, high = math.log(1e-3), math.log(0.1)
     dt = jnp.maximum(jnp.exp(jax.random.uniform(key, shape, minval=low, maxval=high)), 1e-4)

@@ -12,8 +12,9 @@ from phyla.kernels.causal_conv import causal_conv
 from phyla.kernels.ssd import ssd
 from phyla.models.config import LayerConfig, ModelConfig
 from phyla.models.cursor import Cursor, advance, carry, start
-from phyla.models.errors import UserError
+from phyla.models.errors import UserError, check_divides
 from phyla.models.layers import Layer, Linear
+from phyla.models.mixers.mamba import initial_dt_bias
 from phyla.models.weights import constant, fan_in, parameter
 
 
@@ -88,7 +89,7 @@ class Mamba2(Layer):
         taps = fan_in()  # over the first dimension, the taps
         self.conv_weight = parameter(taps, (config.conv, self.convolved), ("conv", "inner"), rngs, weight_decay=True)
         self.conv_bias = parameter(constant(0.0), (self.convolved,), ("inner",), rngs) if config.conv_bias else None
-        self.dt_bias = parameter(step_sizes, (self.heads,), ("heads",), rngs)
+        self.dt_bias = parameter(initial_dt_bias, (self.heads,), ("heads",), rngs)
         a_log = lambda key, shape: jnp.log(jax.random.uniform(key, shape, minval=1, maxval=16))  # noqa: E731
         self.A_log = parameter(a_log, (self.heads,), ("heads",), rngs)
         self.D = parameter(constant(1.0), (self.heads,), ("heads",), rngs)
@@ -156,17 +157,3 @@ class GatedRMSNorm(nnx.Module):
         groups = x.reshape(*x.shape[:-1], self.groups, -1)
         groups *= jax.lax.rsqrt(jnp.mean(jnp.square(groups), -1, keepdims=True) + self.epsilon)
         return groups.reshape(x.shape) * self.scale[...]
-
-
-def step_sizes(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The inverse softplus of step sizes drawn log-uniformly from [1e-3, 0.1] (Gu and Dao 2023, section 3.6)."""
-    low, high = math.log(1e-3), math.log(0.1)
-    dt = jnp.maximum(jnp.exp(jax.random.uniform(key, shape, minval=low, maxval=high)), 1e-4)
-    return dt + jnp.log(-jnp.expm1(-dt))
-
-
-def check_divides(name: str, value: int, what: str, whole: int) -> None:
-    """Raises UserError with the nearest divisor of `whole` if `value` is none."""
-    if whole % value:
-        nearest = min((n for n in range(1, whole + 1) if whole % n == 0), key=lambda n: abs(n - value))
-        raise UserError(f"{name} {value} does not divide {what} {whole}; nearest: {nearest}")

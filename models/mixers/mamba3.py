@@ -23,9 +23,9 @@ from phyla.kernels.segments import starts
 from phyla.kernels.ssd import ssd
 from phyla.models.config import LayerConfig, ModelConfig
 from phyla.models.cursor import Cursor, advance, carry, start
-from phyla.models.errors import UserError
+from phyla.models.errors import UserError, check_divides
 from phyla.models.layers import Layer, Linear, RMSNorm
-from phyla.models.mixers.mamba2 import check_divides, step_sizes
+from phyla.models.mixers.mamba import initial_dt_bias
 from phyla.models.weights import constant, fan_in, parameter
 
 SLOWEST = 1e-4  # the least decay rate
@@ -98,7 +98,7 @@ class Mamba3(Layer):
         self.B_norm, self.C_norm = (RMSNorm(config.state, rngs, epsilon=model.norm_epsilon) for _ in range(2))
         by_head = (self.heads, config.state)
         self.B_bias, self.C_bias = (parameter(constant(1.0), by_head, ("heads", "state"), rngs) for _ in range(2))
-        self.dt_bias = parameter(step_sizes, (self.heads,), ("heads",), rngs)
+        self.dt_bias = parameter(initial_dt_bias, (self.heads,), ("heads",), rngs)
         self.D = parameter(constant(1.0), (self.heads,), ("heads",), rngs)
         out = fan_in(1 / math.sqrt(model.layers))
         self.out_proj = Linear((self.inner, model.width), ("inner", "embed"), rngs, init=out)

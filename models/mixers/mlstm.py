@@ -15,7 +15,7 @@ from phyla.kernels.causal_conv import causal_conv
 from phyla.kernels.mlstm import Gate, mlstm
 from phyla.models.config import LayerConfig, ModelConfig
 from phyla.models.cursor import Cursor, advance, carry, start
-from phyla.models.errors import UserError
+from phyla.models.errors import UserError, check_divides
 from phyla.models.headwise import HeadNorm, HeadwiseLinear
 from phyla.models.layers import Layer, Linear
 from phyla.models.weights import constant, normal, parameter
@@ -43,7 +43,7 @@ class MLSTMConfig(LayerConfig):
     def build(self, model: ModelConfig, rngs: nnx.Rngs, layer: jax.Array | int) -> "MLSTM":
         """See `LayerConfig.build`."""
         for name, width in (("qk_expand", self.qk_width(model)), ("v_expand", self.v_width(model))):
-            _check_divides("mlstm.heads", self.heads, f"the width of mlstm.{name}", width)
+            check_divides("mlstm.heads", self.heads, f"the width of mlstm.{name}", width)
         if self.gate_cap is not None and not self.gate_cap > 0:
             raise UserError(f"mlstm.gate_cap must be positive, not {self.gate_cap}")
         return MLSTM(self, model, rngs)
@@ -88,7 +88,7 @@ class MLSTMBlockConfig(LayerConfig):
             if getattr(self, name) < 1:
                 raise UserError(f"mlstm_block.{name} must be at least 1, not {getattr(self, name)}")
         for name in ("heads", "projection"):
-            _check_divides(f"mlstm_block.{name}", getattr(self, name), "the inner width", self.inner(model))
+            check_divides(f"mlstm_block.{name}", getattr(self, name), "the inner width", self.inner(model))
         return MLSTMBlock(self, model, rngs)
 
     def inner(self, model: ModelConfig) -> int:
@@ -260,12 +260,3 @@ def _small(width: int):
 def _wang(model: ModelConfig):
     """Wang and Komatsuzaki 2021, for what is added to the residual stream."""
     return normal(2 / model.layers / math.sqrt(model.width))
-
-
-def _check_divides(name: str, value: int, of: str, size: int) -> None:
-    if size < 1:
-        raise UserError(f"{of} must be at least 1, not {size}")
-    if value < 1 or size % value:
-        fits = [n for n in range(1, size + 1) if size % n == 0]
-        nearest = min(fits, key=lambda n: abs(n - value))
-        raise UserError(f"{name} {value} does not divide {of} {size}; nearest: {nearest}")

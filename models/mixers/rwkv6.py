@@ -13,7 +13,7 @@ from flax import nnx
 from phyla.kernels.wkv6 import wkv6
 from phyla.models.config import LayerConfig, ModelConfig
 from phyla.models.cursor import Cursor, advance, carry, start
-from phyla.models.errors import UserError
+from phyla.models.errors import UserError, check_divides
 from phyla.models.layers import Layer, Linear
 from phyla.models.mixers.rwkv4 import RWKV4Channel, RWKV4ChannelConfig, depths, orthogonal, vector
 from phyla.models.token_shift import shift
@@ -37,12 +37,7 @@ class RWKV6Config(LayerConfig):
 
     def build(self, model: ModelConfig, rngs: nnx.Rngs, layer: jax.Array | int) -> "RWKV6":
         """See `LayerConfig.build`."""
-        if self.head_dim < 1 or model.width % self.head_dim:
-            fits = [n for n in range(1, model.width + 1) if model.width % n == 0]
-            nearest = min(fits, key=lambda n: abs(n - self.head_dim))
-            raise UserError(
-                f"rwkv6.head_dim {self.head_dim} does not divide model.width {model.width}; nearest: {nearest}"
-            )
+        check_divides("rwkv6.head_dim", self.head_dim, "model.width", model.width)
         for name in ("mix_rank", "decay_rank"):
             if getattr(self, name) < 1:
                 raise UserError(f"rwkv6.{name} must be at least 1, not {getattr(self, name)}")

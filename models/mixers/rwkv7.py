@@ -14,7 +14,7 @@ from flax import nnx
 from phyla.kernels.wkv7 import wkv7
 from phyla.models.config import LayerConfig, ModelConfig
 from phyla.models.cursor import Cursor, advance, carry, start
-from phyla.models.errors import UserError
+from phyla.models.errors import UserError, check_divides
 from phyla.models.layers import Layer, Linear
 from phyla.models.token_shift import shift
 from phyla.models.weights import Initializer, constant, parameter
@@ -42,12 +42,7 @@ class RWKV7Config(LayerConfig):
 
     def build(self, model: ModelConfig, rngs: nnx.Rngs, layer: jax.Array | int) -> "RWKV7":
         """See `LayerConfig.build`."""
-        if self.head_dim < 1 or model.width % self.head_dim:
-            fits = [n for n in range(1, model.width + 1) if model.width % n == 0]
-            nearest = min(fits, key=lambda n: abs(n - self.head_dim))
-            raise UserError(
-                f"rwkv7.head_dim {self.head_dim} does not divide model.width {model.width}; nearest: {nearest}"
-            )
+        check_divides("rwkv7.head_dim", self.head_dim, "model.width", model.width)
         for name, rank in self.ranks(model).items():
             if rank < 1:
                 raise UserError(f"rwkv7.{name}_rank must be at least 1, not {rank}")

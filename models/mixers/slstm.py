@@ -12,7 +12,7 @@ from phyla.kernels.causal_conv import causal_conv
 from phyla.kernels.slstm import State, slstm
 from phyla.models.config import LayerConfig, ModelConfig
 from phyla.models.cursor import Cursor, advance, carry, start
-from phyla.models.errors import UserError
+from phyla.models.errors import UserError, check_divides
 from phyla.models.headwise import HeadNorm, HeadwiseLinear
 from phyla.models.layers import Layer
 from phyla.models.weights import constant, fan_in, normal, parameter
@@ -33,10 +33,7 @@ class SLSTMConfig(LayerConfig):
             raise UserError(f"slstm.heads must be at least 1, not {self.heads}")
         if self.conv < 0:
             raise UserError(f"slstm.conv must be at least 0, not {self.conv}")
-        if model.width % self.heads:
-            fits = [n for n in range(1, model.width + 1) if model.width % n == 0]
-            nearest = min(fits, key=lambda n: abs(n - self.heads))
-            raise UserError(f"slstm.heads {self.heads} does not divide model.width {model.width}; nearest: {nearest}")
+        check_divides("slstm.heads", self.heads, "model.width", model.width)
         return SLSTM(self, model, rngs, layer)
 
     def flops_per_token(self, model: ModelConfig, length: int) -> float:
