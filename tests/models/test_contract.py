@@ -275,8 +275,7 @@ def test_eight_devices_equal_one(architecture):
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), 8)
     layout = sharding.shardings(params, mesh)
     rows = sharding.put_batch(jax.tree.map(np.asarray, batch), mesh)
-    with jax.set_mesh(mesh):
-        spread = jax.jit(jax.value_and_grad(loss), out_shardings=(None, layout))(jax.device_put(params, layout), rows)
+    spread = jax.jit(jax.value_and_grad(loss), out_shardings=(None, layout))(jax.device_put(params, layout), rows)
     np.testing.assert_allclose(spread[0], alone[0], rtol=1e-5)
     same_gradients(jax.device_get(spread[1]), jax.device_get(alone[1]))
 
