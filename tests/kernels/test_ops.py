@@ -280,6 +280,7 @@ def test_sharded_under_jit(name, implementation):
 
 
 @every_fast_implementation
+@pytest.mark.slow
 def test_second_derivative(name, implementation):
     """A gradient of a gradient is right, if not fast."""
     op, case = OPS[name], CASES["less than a chunk"]

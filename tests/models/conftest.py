@@ -125,7 +125,7 @@ ALWAYS = {
     "test_a_gradient_reaches_every_parameter",
 }
 """What `make test` asks of every architecture."""
-WHOLLY = {"attention", "mamba", "rwkv7-hybrid"}
+WHOLLY = {"attention", "mamba"}
 """The architectures of which `make test` asks everything; `make test-all` does so of all."""
 
 

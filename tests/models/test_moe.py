@@ -281,6 +281,7 @@ def test_only_chosen_experts_count_as_operations():
 
 
 @pytest.mark.parametrize("mesh_shape", [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 1, 2)])
+@pytest.mark.slow
 def test_devices_share_the_work_and_the_answer_is_the_same(mesh_shape):
     """With the mesh as the context each device sorts its own tokens: no array has the whole batch's."""
     mesh = jax.make_mesh(mesh_shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)

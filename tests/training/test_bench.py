@@ -69,6 +69,7 @@ def interpreter(tmp_path):
     return make
 
 
+@pytest.mark.slow
 def test_one_round_of_one_architecture(tmp_path, capsys):
     bench_models({"tiny": Architecture(MODEL, None)}, json=tmp_path / "out.json", rounds=1)
     record = json.loads((tmp_path / "out.json").read_text())
