@@ -7,6 +7,8 @@ Tests compile much and compute little, so the compiler optimises little; a test 
 import os
 from pathlib import Path
 
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu is here for its compiler; do not look for a chip
+
 import jax
 import pytest
 
