@@ -93,9 +93,7 @@ def cross_entropy(
     """
 
     def loss(hidden_BxCxD: jax.Array, targets_BxC: jax.Array) -> jax.Array:
-        logits_BxCxV = logits(hidden_BxCxD)
-        target_BxC = jnp.take_along_axis(logits_BxCxV, targets_BxC[..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits_BxCxV, axis=-1) - target_BxC
+        return _negative_log_likelihood(logits(hidden_BxCxD), targets_BxC)
 
     B, T, D = hidden.shape
     vocabulary = jax.eval_shape(logits, jax.ShapeDtypeStruct((1, D), hidden.dtype)).shape[-1]
@@ -110,3 +108,25 @@ def cross_entropy(
     parts = jnp.stack(split(hidden)), jnp.stack(split(targets))
     loss_CxBxS = jax.lax.map(jax.checkpoint(lambda part: loss(*part)), parts)
     return jnp.moveaxis(loss_CxBxS, 0, 1).reshape(B, chunks * size)[:, :T]
+
+
+@jax.custom_vjp
+def _negative_log_likelihood(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """-log softmax(logits)[targets]: [..., V] and integers [...] to [...]."""
+    return _forward(logits, targets)[0]
+
+
+def _forward(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    total = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return total - chosen, (logits, targets, total)
+
+
+def _backward(kept: tuple[jax.Array, ...], d_loss: jax.Array) -> tuple[jax.Array, None]:
+    """(softmax - onehot) in one pass over the logits; autodiff scatters into an array of zeros as large as they are."""
+    logits, targets, total = kept
+    right = jnp.arange(logits.shape[-1]) == targets[..., None]
+    return (jnp.exp(logits - total[..., None]) - right) * d_loss[..., None], None
+
+
+_negative_log_likelihood.defvjp(_forward, _backward)

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from phyla.kernels.arguments import align, check
 from phyla.kernels.dispatch import resolve
 from phyla.kernels.mlstm.reference import mlstm_reference
+from phyla.kernels.mlstm.tpu import mlstm_tpu
 from phyla.kernels.mlstm.xla import mlstm_xla
 from phyla.kernels.segments import starts
 
-IMPLEMENTATIONS = {"reference": mlstm_reference, "xla": mlstm_xla}
+IMPLEMENTATIONS = {"reference": mlstm_reference, "xla": mlstm_xla, "tpu": mlstm_tpu}
 Gate = Literal["exponential", "sigmoid"]
 
 
