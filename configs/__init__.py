@@ -11,11 +11,11 @@ from phyla.models.errors import choose
 if TYPE_CHECKING:
     from phyla.training.config import Experiment
 
-SMALL = ("transformer", "mamba")
-"""The small experiments on the embedded corpus that a bare `phyla compare` compares, in a few minutes."""
+SMALL = ("transformer", "mamba", "jamba", "rwkv", "xlstm")
+"""The small experiments on the embedded corpus that a bare `phyla compare` compares."""
 
 EXPERIMENTS = {
-    **dict.fromkeys((*SMALL, "jamba", "rwkv", "xlstm"), "phyla.configs.small"),
+    **dict.fromkeys(SMALL, "phyla.configs.small"),
     **dict.fromkeys(
         (
             "gpt2",

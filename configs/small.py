@@ -62,5 +62,5 @@ def _small(name: str, width: int, *pattern: BlockConfig, **fields: Any) -> Exper
         model=ModelConfig(width=width, layers=4, pattern=pattern, **fields),
         data=DataConfig(source="austen", sequence_length=256),
         optimizer=OptimizerConfig(learning_rate=3e-3),
-        loop=LoopConfig(steps=600, batch_size=8, eval_every=100, checkpoint_every=100),
+        loop=LoopConfig(steps=250, batch_size=8, eval_every=50, checkpoint_every=125),
     )

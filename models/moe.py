@@ -11,14 +11,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from phyla.kernels.partition import AXES
 from phyla.models.config import Activation, LayerConfig, ModelConfig
 from phyla.models.errors import UserError
 from phyla.models.layers import ACTIVATIONS, ExpertLinear, Layer, Linear
 from phyla.models.mlp import GatedMLPConfig, MLPConfig
 from phyla.models.weights import fan_in, normal
-
-BATCH_AXES = ("data", "fsdp")
-"""Mesh axes that may divide the batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,12 +190,14 @@ def _on_each_device(
     each would do the work of all. It needs the mesh as the context (`jax.set_mesh`); without one, it is a plain call.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    free = [axis for axis in BATCH_AXES if axis in mesh.axis_names and axis not in mesh.manual_axes]
+    free = [axis for axis in AXES["B"] if axis in mesh.axis_names and axis not in mesh.manual_axes]
     axes = tuple(axis for axis in free if mesh.shape[axis] > 1)
     if not axes or len(x) % math.prod(mesh.shape[axis] for axis in axes):
         return use(x, weight, expert, experts)
     rows, whole = PartitionSpec(axes), PartitionSpec()
-    local = jax.shard_map(use, in_specs=(rows, rows, rows, whole), out_specs=rows, axis_names=set(axes))
+    specs = {"in_specs": (rows, rows, rows, whole), "out_specs": rows}
+    # Unchecked: JAX's own exact GELU does not type-check here (its constants vary over no axis).
+    local = jax.shard_map(use, axis_names=set(axes), check_vma=False, **specs)
     return local(x, weight, expert, experts)
 
 

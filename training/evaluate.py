@@ -62,7 +62,8 @@ def score(
     batches = packed.batches(batch_size, jax.process_index(), jax.process_count())
     totals = []
     for i, batch in enumerate(batches):
-        totals.append(sums(params, sharding.put_batch(batch, mesh)))
+        with jax.set_mesh(mesh):
+            totals.append(sums(params, sharding.put_batch(batch, mesh)))
         if i:
             jax.block_until_ready(totals[i - 1])  # at most two batches in flight
         progress(i + 1)

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from phyla.models import sizes
 from phyla.models.errors import Diverged, UserError
@@ -25,7 +25,7 @@ from phyla.training.log import Log
 from phyla.training.optimizer import make_optimizer
 from phyla.training.progress import Reporter
 from phyla.training.saved import make_objective
-from phyla.training.step import Metrics, initial_state, make_step
+from phyla.training.step import Metrics, compile_step, initial_state, make_step
 
 SUMMARY = "summary.json"
 
@@ -99,12 +99,10 @@ def train(
         else:
             state, progress = jax.jit(init, out_shardings=layout)(), {"tokens": 0, "seconds": 0.0}
 
-        # One step, compiled once; the old state's memory becomes the new one's.
         task.update(begin, "compiling")
         step = make_step(graphdef, objective, optimizer, config)
         batch = sharding.abstract_batch(config.batch_size, experiment.data.sequence_length + 1, mesh)
-        whole = NamedSharding(mesh, PartitionSpec())
-        compiled = jax.jit(step, donate_argnums=0, out_shardings=(layout, whole)).lower(state, batch).compile()
+        compiled = compile_step(step, state, batch, layout, mesh)
         sums = make_evaluate(graphdef, objective)
         reporter.note(_introduction(experiment, folder, mesh, abstract_params))
         log = Log(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from phyla.training.config import LoopConfig
 from phyla.training.objectives import Batch, Objective
@@ -103,3 +104,15 @@ def make_step(
         return state, Metrics(loss, weight, norm, skipped, in_a_row, extra)
 
     return step
+
+
+def compile_step(
+    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]], state: Any, batch: Any, layout: Any, mesh: Mesh
+) -> jax.stages.Compiled:
+    """The step, compiled once for these shapes; the old state's memory becomes the new one's.
+
+    The mesh is the context, by which kernels and mixtures of experts divide their work over its devices.
+    """
+    whole = NamedSharding(mesh, PartitionSpec())
+    with jax.set_mesh(mesh):
+        return jax.jit(step, donate_argnums=0, out_shardings=(layout, whole)).lower(state, batch).compile()

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from phyla.models import sizes
 from phyla.models.language_model import LanguageModel
@@ -17,7 +17,7 @@ from phyla.training.config import Experiment
 from phyla.training.generate import Generator, Sampling
 from phyla.training.optimizer import make_optimizer
 from phyla.training.saved import make_objective
-from phyla.training.step import initial_state, make_step
+from phyla.training.step import compile_step, initial_state, make_step
 
 PROMPT, TOKENS = 32, 64
 """Of greedy decoding: the tokens before it, and those that are timed."""
@@ -45,8 +45,7 @@ def training_step(experiment: Experiment, mesh: Mesh) -> TrainingStep:
     tokens = random_tokens(experiment, BATCH, LENGTH + 1)
     batch = sharding.put_batch({"tokens": tokens, "segment_ids": np.ones_like(tokens)}, mesh)
     step = make_step(graphdef, make_objective(experiment, mask_id=0), optimizer, experiment.loop)
-    whole = NamedSharding(mesh, PartitionSpec())
-    compiled = jax.jit(step, donate_argnums=0, out_shardings=(layout, whole)).lower(state, batch).compile()
+    compiled = compile_step(step, state, batch, layout, mesh)
     state = jax.block_until_ready(compiled(state, batch)[0])
 
     def once() -> float:
@@ -76,9 +75,13 @@ class Inference:
         batch = sharding.put_batch({"tokens": tokens}, self._mesh)["tokens"]
         if self._experiment.model.bidirectional:
             encode = jax.jit(lambda params, tokens: nnx.merge(self._graphdef, params)(tokens)[0])
-            return lambda: _seconds(encode, self._params, batch)
+            return lambda: self._on_mesh(encode, batch)
         key = jax.random.key(0)
-        return lambda: _seconds(self._generator.prefill, self._params, batch, None, key, length=LENGTH)
+        return lambda: self._on_mesh(self._generator.prefill, batch, None, key, length=LENGTH)
+
+    def _on_mesh(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> float:
+        with jax.set_mesh(self._mesh):
+            return _seconds(function, self._params, *arguments, **options)
 
     def decode(self) -> Timed | None:
         """`TOKENS` tokens after a prompt, each the likeliest; None for an encoder."""
