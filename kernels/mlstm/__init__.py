@@ -8,11 +8,10 @@ import jax.numpy as jnp
 from phyla.kernels.arguments import align, check
 from phyla.kernels.dispatch import resolve
 from phyla.kernels.mlstm.reference import mlstm_reference
-from phyla.kernels.mlstm.tpu import mlstm_tpu
 from phyla.kernels.mlstm.xla import mlstm_xla
 from phyla.kernels.segments import starts
 
-IMPLEMENTATIONS = {"reference": mlstm_reference, "xla": mlstm_xla, "tpu": mlstm_tpu}
+IMPLEMENTATIONS = {"reference": mlstm_reference, "xla": mlstm_xla}
 Gate = Literal["exponential", "sigmoid"]
 
 
