@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from phyla import __version__, commands, configs
+from phyla import __main__, __version__, commands, configs
 from phyla.arguments import parse
 from phyla.cli import COMMANDS, main
 from phyla.commands import Bench, Compare, Evaluate, Generate, comparison_folder, train_arguments
@@ -156,6 +156,21 @@ print(json.dumps([time.perf_counter() - start, [m for m in ("jax", "tyro", "nump
 def test_use_all_cores(environment, devices):
     code = "from phyla.commands import use_all_cores; use_all_cores(6); import jax; print(jax.device_count('cpu'))"
     assert python(code, **environment) == str(devices)
+
+
+@pytest.mark.parametrize(
+    ("files", "chosen", "platforms"), [((), None, "cpu"), (("nvidia0",), None, None), ((), "cuda,cpu", "cuda,cpu")]
+)
+def test_jax_looks_for_no_chip_where_there_is_none(files, chosen, platforms, tmp_path, monkeypatch):
+    for name in files:
+        (tmp_path / name).touch()
+    monkeypatch.setattr(__main__, "CHIPS", (f"{tmp_path}/accel*", f"{tmp_path}/nvidia*"))
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    if chosen:
+        monkeypatch.setenv("JAX_PLATFORMS", chosen)
+    __main__.look_for_no_chip()
+    assert os.environ.get("JAX_PLATFORMS") == platforms
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="GLIBC_TUNABLES is glibc's")
