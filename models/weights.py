@@ -61,6 +61,21 @@ def fan_in(scale: float = 1.0) -> Initializer:
     return lambda key, shape: scale / math.sqrt(shape[0]) * jax.random.normal(key, shape)
 
 
+def uniform(bound: float) -> Initializer:
+    """Uniform from -bound to bound."""
+    return lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+
+def orthogonal(gain: float = 1.0) -> Initializer:
+    """Orthonormal rows or columns, whichever are fewer, times gain."""
+    return lambda key, shape: jax.nn.initializers.orthogonal(gain)(key, shape)
+
+
+def taps(count: int) -> Initializer:
+    """For the weights and biases of a depthwise convolution: PyTorch's default, with which all who use one train."""
+    return uniform(count**-0.5)
+
+
 def constant(value: float) -> Initializer:
     """The same value everywhere."""
     return lambda key, shape: jnp.full(shape, value)

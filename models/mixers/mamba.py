@@ -15,7 +15,7 @@ from phyla.models.config import LayerConfig, ModelConfig
 from phyla.models.cursor import Cursor, advance, carry, start
 from phyla.models.errors import UserError
 from phyla.models.layers import Layer, Linear, RMSNorm
-from phyla.models.weights import constant, fan_in, parameter
+from phyla.models.weights import constant, fan_in, parameter, taps, uniform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,14 +72,15 @@ class Mamba(Layer):
         self.inner = inner
         self.dt_rank = config.dt_rank or math.ceil(d / 16)
         self.in_proj = Linear((d, 2 * inner), ("embed", "inner"), rngs, bias=config.bias)
-        taps = fan_in()  # over the first dimension, the taps
-        self.conv_weight = parameter(taps, (config.conv, inner), ("conv", "inner"), rngs, weight_decay=True)
-        self.conv_bias = parameter(constant(0.0), (inner,), ("inner",), rngs) if config.conv_bias else None
+        self.conv_weight = parameter(
+            taps(config.conv), (config.conv, inner), ("conv", "inner"), rngs, weight_decay=True
+        )
+        self.conv_bias = parameter(taps(config.conv), (inner,), ("inner",), rngs) if config.conv_bias else None
         self.x_proj = Linear((inner, self.dt_rank + 2 * N), ("inner", "state"), rngs)
         if config.norms:
             norm = functools.partial(RMSNorm, rngs=rngs, epsilon=model.norm_epsilon)
             self.dt_norm, self.B_norm, self.C_norm = norm(self.dt_rank), norm(N), norm(N)
-        self.dt_proj = Linear((self.dt_rank, inner), ("state", "inner"), rngs, init=_uniform_fan_in)
+        self.dt_proj = Linear((self.dt_rank, inner), ("state", "inner"), rngs, init=uniform(self.dt_rank**-0.5))
         self.dt_bias = parameter(initial_dt_bias, (inner,), ("inner",), rngs)
         # A = -1 … -N in every channel (S4D-real).
         a_log = lambda key, shape: jnp.broadcast_to(jnp.log(jnp.arange(1, N + 1)), shape)  # noqa: E731
@@ -137,11 +138,6 @@ class Mamba(Layer):
             return y_BxTxD, None
         cursor = advance(state.cursor, segment_ids, B, T)[2]
         return y_BxTxD, MambaState(conv_state, scan_state, cursor)
-
-
-def _uniform_fan_in(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    bound = shape[0] ** -0.5
-    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
 
 def initial_dt_bias(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -15,7 +15,7 @@ from phyla.models.cursor import Cursor, advance, carry, start
 from phyla.models.errors import UserError, check_divides
 from phyla.models.layers import Layer, Linear
 from phyla.models.mixers.mamba import initial_dt_bias
-from phyla.models.weights import constant, fan_in, parameter
+from phyla.models.weights import constant, fan_in, parameter, taps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +86,10 @@ class Mamba2(Layer):
         self.inner, self.heads, self.convolved = config.inner(model), config.heads(model), config.convolved(model)
         projected = self.inner + self.convolved + self.heads  # z; x, B and C; dt
         self.in_proj = Linear((model.width, projected), ("embed", "inner"), rngs, bias=config.bias)
-        taps = fan_in()  # over the first dimension, the taps
-        self.conv_weight = parameter(taps, (config.conv, self.convolved), ("conv", "inner"), rngs, weight_decay=True)
-        self.conv_bias = parameter(constant(0.0), (self.convolved,), ("inner",), rngs) if config.conv_bias else None
+        self.conv_weight = parameter(
+            taps(config.conv), (config.conv, self.convolved), ("conv", "inner"), rngs, weight_decay=True
+        )
+        self.conv_bias = parameter(taps(config.conv), (self.convolved,), ("inner",), rngs) if config.conv_bias else None
         self.dt_bias = parameter(initial_dt_bias, (self.heads,), ("heads",), rngs)
         a_log = lambda key, shape: jnp.log(jax.random.uniform(key, shape, minval=1, maxval=16))  # noqa: E731
         self.A_log = parameter(a_log, (self.heads,), ("heads",), rngs)

@@ -18,7 +18,7 @@ from phyla.models.cursor import Cursor, advance, carry, start
 from phyla.models.errors import UserError, check_divides
 from phyla.models.headwise import HeadNorm, HeadwiseLinear
 from phyla.models.layers import Layer, Linear
-from phyla.models.weights import constant, normal, parameter
+from phyla.models.weights import constant, normal, parameter, taps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,9 +177,10 @@ class MLSTMBlock(Layer):
         self.inner = inner
         small, groups = _small(D), inner // config.projection
         self.up = Linear((D, 2 * inner), ("embed", "inner"), rngs, bias=bias, init=small)
-        taps = lambda key, shape: jax.random.uniform(key, shape, minval=-1, maxval=1) * config.conv**-0.5  # noqa: E731
-        self.conv_weight = parameter(taps, (config.conv, inner), ("conv", "inner"), rngs, weight_decay=True)
-        self.conv_bias = parameter(taps, (inner,), ("inner",), rngs)
+        self.conv_weight = parameter(
+            taps(config.conv), (config.conv, inner), ("conv", "inner"), rngs, weight_decay=True
+        )
+        self.conv_bias = parameter(taps(config.conv), (inner,), ("inner",), rngs)
         self.q = HeadwiseLinear(groups, inner, rngs, bias=bias, init=small)
         self.k = HeadwiseLinear(groups, inner, rngs, bias=bias, init=small)
         self.v = HeadwiseLinear(groups, inner, rngs, bias=bias, init=small)

@@ -17,7 +17,7 @@ from phyla.models.cursor import Cursor, advance, carry, start
 from phyla.models.errors import UserError
 from phyla.models.layers import Layer, Linear
 from phyla.models.token_shift import shift
-from phyla.models.weights import Initializer, constant, parameter
+from phyla.models.weights import constant, orthogonal, parameter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,8 +168,3 @@ def depths(model: ModelConfig, layer: jax.Array | int) -> tuple[jax.Array | floa
 def vector(values: jax.Array, axis: str, rngs: nnx.Rngs, learning_rate: float = 1.0) -> nnx.Param:
     """A parameter that begins as these values (a copy: two parameters do not share an array)."""
     return parameter(lambda key, shape: jnp.array(values), values.shape, (axis,), rngs, learning_rate=learning_rate)
-
-
-def orthogonal(gain: float) -> Initializer:
-    """Orthonormal rows or columns, whichever are fewer, times gain."""
-    return lambda key, shape: jax.nn.initializers.orthogonal(gain)(key, shape)

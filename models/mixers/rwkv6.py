@@ -15,9 +15,9 @@ from phyla.models.config import LayerConfig, ModelConfig
 from phyla.models.cursor import Cursor, advance, carry, start
 from phyla.models.errors import UserError, check_divides
 from phyla.models.layers import Layer, Linear
-from phyla.models.mixers.rwkv4 import RWKV4Channel, RWKV4ChannelConfig, depths, orthogonal, vector
+from phyla.models.mixers.rwkv4 import RWKV4Channel, RWKV4ChannelConfig, depths, vector
 from phyla.models.token_shift import shift
-from phyla.models.weights import Initializer, constant
+from phyla.models.weights import constant, orthogonal, uniform
 
 HEAD_NORM_EPSILON = 64e-5
 MIXED = "wkvrg"
@@ -83,11 +83,11 @@ class RWKV6(Layer):
             setattr(self, f"mix_{name}", vector(share, "norm", rngs))
         self.mix_down = Linear((D, len(MIXED) * config.mix_rank), ("embed", "rank"), rngs, init=constant(0.0))
         self.mix_up = nnx.List(
-            [Linear((config.mix_rank, D), ("rank", "embed"), rngs, init=_uniform(0.01)) for _ in MIXED]
+            [Linear((config.mix_rank, D), ("rank", "embed"), rngs, init=uniform(0.01)) for _ in MIXED]
         )
         self.time_decay = vector(-6 + 5 * channel ** (0.7 + 1.3 * depth), "inner", rngs, learning_rate=2.0)
         self.decay_down = Linear((D, config.decay_rank), ("embed", "rank"), rngs, init=constant(0.0))
-        self.decay_up = Linear((config.decay_rank, D), ("rank", "inner"), rngs, init=_uniform(0.01))
+        self.decay_up = Linear((config.decay_rank, D), ("rank", "inner"), rngs, init=uniform(0.01))
         zigzag = 0.1 * ((jnp.arange(D) + 1) % 3 - 1)
         self.time_first = vector(depth * (1 - channel) + zigzag, "inner", rngs)
         self.receptance = Linear((D, D), ("embed", "inner"), rngs, init=orthogonal(1.0))
@@ -145,7 +145,3 @@ def _normalised(x: jax.Array) -> jax.Array:
     x = x.astype(jnp.float32)
     x = x - jnp.mean(x, -1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + HEAD_NORM_EPSILON)
-
-
-def _uniform(bound: float) -> Initializer:
-    return lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)

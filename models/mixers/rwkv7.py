@@ -17,7 +17,7 @@ from phyla.models.cursor import Cursor, advance, carry, start
 from phyla.models.errors import UserError, check_divides
 from phyla.models.layers import Layer, Linear
 from phyla.models.token_shift import shift
-from phyla.models.weights import Initializer, constant, parameter
+from phyla.models.weights import constant, orthogonal, parameter, uniform
 
 FASTEST = -0.6065306597126334  # log of the fastest decay, -exp(-1/2)
 HEAD_NORM_EPSILON = 64e-5
@@ -76,7 +76,7 @@ class LowRank(nnx.Module):
 
     def __init__(self, width: int, rank: int, rngs: nnx.Rngs):
         self.down = Linear((width, rank), ("embed", "rank"), rngs, init=constant(0.0))
-        self.up = Linear((rank, width), ("rank", "inner"), rngs, init=_orthogonal(0.1))
+        self.up = Linear((rank, width), ("rank", "inner"), rngs, init=orthogonal(0.1 * max(1, rank / width) ** 0.5))
 
     def __call__(self, x: jax.Array, activation: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
         """[..., D] -> float32 [..., D]."""
@@ -112,9 +112,9 @@ class RWKV7(Layer):
         for name, power in (("r", 0.2), ("w", 0.9), ("k", 0.7), ("v", 0.7), ("a", 0.9), ("g", 0.2)):
             setattr(self, f"x_{name}", vector(1 - (jnp.arange(D) / D) ** (power * ahead), axis="norm"))
         bound = 0.5 * D**-0.5
-        self.receptance = Linear((D, D), ("embed", "inner"), rngs, init=_uniform(bound))
-        self.key = Linear((D, D), ("embed", "inner"), rngs, init=_uniform(0.1 * bound))
-        self.value = Linear((D, D), ("embed", "inner"), rngs, init=_uniform(bound))
+        self.receptance = Linear((D, D), ("embed", "inner"), rngs, init=uniform(bound))
+        self.key = Linear((D, D), ("embed", "inner"), rngs, init=uniform(0.1 * bound))
+        self.value = Linear((D, D), ("embed", "inner"), rngs, init=uniform(bound))
         self.output = Linear((D, D), ("inner", "embed"), rngs, init=constant(0.0))
         self.w0 = vector(-5.5 + 6 * linear ** (1 + depth**0.3) + 2.5 * zigzag, learning_rate=2.0)
         self.w = LowRank(D, ranks["decay"], rngs)
@@ -223,7 +223,7 @@ class RWKV7Channel(Layer):
         hidden = config.hidden(model)
         mix = 1 - (jnp.arange(D) / D) ** ((1 - layer / model.layers) ** 4)
         self.x_k = parameter(lambda key, shape: mix, (D,), ("norm",), rngs)
-        self.key = Linear((D, hidden), ("embed", "mlp"), rngs, init=_uniform(0.5 * D**-0.5))
+        self.key = Linear((D, hidden), ("embed", "mlp"), rngs, init=uniform(0.5 * D**-0.5))
         self.value = Linear((hidden, D), ("mlp", "embed"), rngs, init=constant(0.0))
 
     def initial_state(self, batch: int, length: int) -> RWKV7ChannelState:
@@ -251,16 +251,3 @@ def _normalised(x: jax.Array) -> jax.Array:
     """(x - mean) / std over the last dimension."""
     x = x - jnp.mean(x, -1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + HEAD_NORM_EPSILON)
-
-
-def _uniform(bound: float) -> Initializer:
-    return lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
-
-
-def _orthogonal(scale: float) -> Initializer:
-    """Orthonormal rows or columns, whichever are fewer, times scale (and √(rows / columns) if there are more rows)."""
-
-    def init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        return jax.nn.initializers.orthogonal(scale * max(1.0, shape[0] / shape[1]) ** 0.5)(key, shape)
-
-    return init

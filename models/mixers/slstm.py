@@ -15,7 +15,7 @@ from phyla.models.cursor import Cursor, advance, carry, start
 from phyla.models.errors import UserError, check_divides
 from phyla.models.headwise import HeadNorm, HeadwiseLinear
 from phyla.models.layers import Layer
-from phyla.models.weights import constant, fan_in, normal, parameter
+from phyla.models.weights import constant, normal, parameter, taps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +57,10 @@ class SLSTM(Layer):
         self.width = D = model.width
         H, P = config.heads, D // config.heads
         if config.conv:
-            taps = fan_in()  # over the first dimension, the taps
-            self.conv_weight = parameter(taps, (config.conv, D), ("conv", "inner"), rngs, weight_decay=True)
-            self.conv_bias = parameter(constant(0.0), (D,), ("inner",), rngs)
+            self.conv_weight = parameter(
+                taps(config.conv), (config.conv, D), ("conv", "inner"), rngs, weight_decay=True
+            )
+            self.conv_bias = parameter(taps(config.conv), (D,), ("inner",), rngs)
         small = normal(math.sqrt(2 / (5 * D)))
         self.i = HeadwiseLinear(H, D, rngs, init=small)
         self.f = HeadwiseLinear(H, D, rngs, init=small)

@@ -13,9 +13,13 @@ from phyla.models import sizes
 from phyla.models.config import ModelConfig
 from phyla.models.language_model import LanguageModel
 from phyla.training import run, saved, sharding
+from phyla.training.baselines import ngram_probabilities
 from phyla.training.checkpoints import Checkpoints
-from phyla.training.config import Experiment, MeshConfig
+from phyla.training.config import Experiment, LoopConfig, MeshConfig, OptimizerConfig
+from phyla.training.data.config import DataConfig
+from phyla.training.data.sources import documents
 from phyla.training.generate import Sampling, generate
+from phyla.training.loop import train
 from phyla.training.objectives import next_token
 
 B, T = 2, 9
@@ -293,3 +297,29 @@ def test_a_saved_model_generates_what_it_did_before(architecture, tmp_path):
         for graph, p in ((graphdef, params), (found.graphdef, found.params))
     )
     np.testing.assert_array_equal(before, after)
+
+
+@functools.cache
+def held_out() -> tuple[str, float]:
+    """The end of the embedded corpus, and the bits per byte of the 2-gram model of the rest on it."""
+    known, rest = ("".join(documents(DataConfig(), split)) for split in ("train", "validation"))
+    rest = rest[-20_000:]
+    return rest, float(-np.log2(ngram_probabilities(known.encode(), rest.encode(), 2)[1]).mean())
+
+
+@pytest.mark.usefixtures("optimised")
+def test_300_steps_on_the_embedded_corpus_beat_the_2_gram_model(architecture, tmp_path):
+    text, bits = held_out()
+    (tmp_path / "validation.txt").write_text(text)
+    experiment = Experiment(
+        name="learns",
+        model=dataclasses.replace(
+            architecture, width=64, vocab_size=None, learned_positions=128 * bool(architecture.learned_positions)
+        ),
+        data=DataConfig(validation=str(tmp_path / "validation.txt"), sequence_length=128),
+        optimizer=OptimizerConfig(learning_rate=5e-3),
+        loop=LoopConfig(steps=300, batch_size=16, eval_every=300, checkpoint_every=300),
+        mesh=MeshConfig(data=1),
+    )
+    summary = train(experiment, tmp_path / "run")
+    assert summary["bits_per_byte"] < bits, f"{summary['bits_per_byte']:.3f} against {bits:.3f}"
