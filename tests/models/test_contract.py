@@ -322,4 +322,5 @@ def test_300_steps_on_the_embedded_corpus_beat_the_2_gram_model(architecture, tm
         mesh=MeshConfig(data=1),
     )
     summary = train(experiment, tmp_path / "run")
+    assert summary is not None
     assert summary["bits_per_byte"] < bits, f"{summary['bits_per_byte']:.3f} against {bits:.3f}"

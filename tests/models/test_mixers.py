@@ -173,7 +173,7 @@ def test_impossible_values_name_the_field(config, message):
 
 def test_mambas_step_size_and_state_are_float32_whatever_the_dtype():
     """Without input the state only decays, by exp(dt A) a token, with dt the softplus of its bias."""
-    config = MambaConfig(state=3)
+    config = MambaConfig(state=3, conv_bias=False)
     model = ModelConfig(width=D, layers=1, vocab_size=7, pattern=(BlockConfig(mixer=config),), dtype="bfloat16")
     mixer = config.build(model, nnx.Rngs(0), 0)
     before = mixer.initial_state(1, T)
