@@ -1,0 +1,236 @@
+"""Quantized matmul for TPUs, on the codes: int8 times int8 on the matrix unit, scales after it.
+
+For few rows of x, whatever is done to a weight costs more than what is done to x or to a product. So weights stay
+integers: x is written as a sum of int8 planes (the first has a row's largest magnitude at 127, the next the remainder,
+254 times finer: two for bfloat16, three for float32), four-bit codes are unpacked to int8, and an NF4 quantile is the
+sum of 64 · its number and of an int8 that selections find for 4,096 weights at once. A group's products are exact
+integers; they are scaled and added in float32. Dynamic int8 is the same with one plane, for any number of rows.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from phyla.kernels.quantized_matmul.formats import nonzero
+from phyla.kernels.quantized_matmul.nf4 import CODE_BOOK, SCALE_BLOCK, dynamic_value
+from phyla.kernels.tpu import pallas_call
+
+FINER = 254
+"""A plane of x against the one before."""
+SHIFTS = (6, 7)
+"""The bits that a plane of quantiles lies below the one before."""
+UNIT = 1 / (127 + (7 << SHIFTS[0]))
+"""quantile ≈ UNIT · ((number - 8) · 64 + first plane + second plane / 128): off by 9e-4 without the second, 7e-6 with
+it. The largest quantile, 1, has number 15."""
+
+_exact = CODE_BOOK.astype(np.float64) / UNIT
+QUANTILES = (
+    (np.round(_exact) - (np.arange(16) - 8 << SHIFTS[0])).astype(np.int8),
+    np.round((_exact - np.round(_exact)) * (1 << SHIFTS[1])).astype(np.int8),
+)
+
+
+def unpacked(packed):
+    """Uint8 [R / 2, C] to the four-bit numbers in two's complement, int8 [R, C]."""
+    return pltpu.bitcast(packed, jnp.int4).astype(jnp.int8)
+
+
+def quantile_planes(packed, count):
+    """Uint8 [R / 2, C] to the number - 8 and the first `count` planes of `QUANTILES`, each int8 [R, C]."""
+    number = unpacked(packed ^ 0x88)
+    bits = [(number & 1 << bit) != 0 for bit in range(4)]
+    planes = [number]
+    for values in QUANTILES[:count]:
+        leaves = [jnp.full(number.shape, value, jnp.int8) for value in (*values[8:], *values[:8])]  # by number & 15
+        for bit in bits:
+            leaves = [jnp.where(bit, odd, even) for even, odd in zip(leaves[::2], leaves[1::2], strict=True)]
+        planes += leaves
+    return planes
+
+
+def join(planes):
+    """The int32 that planes of quantiles, or products with them, stand for, in units of the last."""
+    total = planes[0]
+    for shift, plane in zip(SHIFTS, planes[1:], strict=False):
+        total = (total << shift) + plane
+    return total
+
+
+def quantile_unit(count: int) -> float:
+    """What 1 of the joined planes is worth."""
+    return UNIT / (1 << sum(SHIFTS[1:count]))
+
+
+def matmul_codes(x_MxK, a, *, kind, group, block, count, dtype):
+    """X [M, K] times integer weights.
+
+    Args:
+        x_MxK: float.
+        a: arrays, by name: codes; scale [1, N] of int8 and [G, N] of int4; int4's zero [G, N]; NF4's scale_codes
+            [G, N], outer [S, N], phase [1, N] and mean [1, 1]; outliers' outer_x [M, O] and outer_w [O, N].
+        kind: "int8", "int4" or "nf4".
+        group: rows that share a scale; K for int8.
+        block: (m, n, k) that divide M and K; with more than one plane, m = M.
+        count: planes of x; an NF4 quantile has as many, less the last.
+        dtype: of the result.
+    """
+    (M, K), N = x_MxK.shape, a["codes"].shape[1]
+    bm, bn, bk = block
+    G, gb, packing = K // group, max(bk // group, 1), 1 if kind == "int8" else 2
+    planes_RxK, row_scale = split(x_MxK, count)
+    planes_GxRxP = jnp.swapaxes(planes_RxK.reshape(-1, G, group), 0, 1)
+    R = count * bm
+    given = {"row_scale": (row_scale, pl.BlockSpec((bm, 1), lambda m, n, k: (m, 0)))}
+    column = lambda rows: pl.BlockSpec((rows, bn), lambda m, n, k: (0, n))  # noqa: E731
+    if kind == "int8":
+        given["x"] = planes_RxK, pl.BlockSpec((R, bk), lambda m, n, k: (m, k))
+    else:
+        given["x"] = planes_GxRxP, pl.BlockSpec((gb, R, group), lambda m, n, k: (k, m, 0))
+    given["codes"] = a["codes"], pl.BlockSpec((bk // packing, bn), lambda m, n, k: (k, n))
+    for name in a.keys() & {"scale_codes", "outer", "phase", "outer_w"}:
+        given[name] = a[name], column(a[name].shape[0])
+    for name in a.keys() & {"scale", "zero"}:
+        by_block = a[name].reshape(-1, gb, N)  # of int8, one
+        given[name] = by_block, pl.BlockSpec((None, gb, bn), lambda m, n, k: (0 if kind == "int8" else k, 0, n))
+    if "mean" in a:
+        given["mean"] = a["mean"], pl.BlockSpec((1, 1), lambda m, n, k: (0, 0))
+    if "zero" in a:
+        sums_GxR = planes_GxRxP.sum(-1, dtype=jnp.int32).astype(jnp.float32)
+        by_block = jnp.swapaxes(sums_GxR.reshape(-1, gb, sums_GxR.shape[1]), 1, 2)
+        given["sums"] = by_block, pl.BlockSpec((None, R, gb), lambda m, n, k: (k, m, 0))
+    if "outer_x" in a:
+        given["outer_x"] = a["outer_x"], pl.BlockSpec((bm, a["outer_x"].shape[1]), lambda m, n, k: (m, 0))
+    scratch = {"total": pltpu.VMEM((R, bn), jnp.int32 if kind == "int8" else jnp.float32)}
+    if kind == "nf4":
+        scratch["scale"] = pltpu.VMEM((G // gb, gb, bn), jnp.float32)
+    names = [*given, "y", *scratch]
+
+    def kernel(*refs):
+        _kernel(dict(zip(names, refs, strict=True)), kind, group, count)
+
+    bytes_accessed = sum(array.size * array.dtype.itemsize for array, _ in given.values()) + M * N * 4
+    return pallas_call(
+        kernel,
+        jax.ShapeDtypeStruct((M, N), dtype),
+        *(array for array, _ in given.values()),
+        grid=(M // bm, pl.cdiv(N, bn), K // bk),
+        in_specs=[spec for _, spec in given.values()],
+        out_specs=pl.BlockSpec((bm, bn), lambda m, n, k: (m, n)),
+        scratch_shapes=list(scratch.values()),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=100 * 2**20
+        ),
+        cost_estimate=pl.CostEstimate(flops=2 * M * K * N, transcendentals=0, bytes_accessed=bytes_accessed),
+        name=f"quantized_matmul_{kind}_codes",
+    )
+
+
+def split(x_MxK, count):
+    """X as int8 planes [count · M, K], one after the other, and each row's scale of the first, float32 [M, 1]."""
+    x_MxK = x_MxK.astype(jnp.float32)
+    scale_Mx1 = nonzero(jnp.abs(x_MxK).max(-1, keepdims=True) / 127)
+    rest, planes = x_MxK / scale_Mx1, []
+    for _ in range(count):
+        whole = jnp.clip(jnp.round(rest), -127, 127)
+        planes.append(whole.astype(jnp.int8))
+        rest = (rest - whole) * FINER
+    return jnp.concatenate(planes), scale_Mx1
+
+
+def _kernel(ref, kind, group, count):
+    k, total = pl.program_id(2), ref["total"]
+
+    @pl.when(k == 0)
+    def _():
+        total[...] = jnp.zeros_like(total)
+        if kind == "nf4":
+            scale, (steps, groups, _) = _nf4_scales(ref), ref["scale"].shape
+            for step in range(steps):
+                ref["scale"][step] = scale[step * groups : (step + 1) * groups]
+
+    if kind == "int8":
+        total[...] += _dot(ref["x"][...], ref["codes"][...], jnp.int32)
+    else:
+        scale = ref["scale"].at[k] if kind == "nf4" else ref["scale"]
+        _groups(ref, scale, kind, group, count)
+        if "zero" in ref:
+            total[...] -= _dot(ref["sums"][...], scale[...] * ref["zero"][...].astype(jnp.float32), jnp.float32)
+
+    @pl.when(k == pl.num_programs(2) - 1)
+    def _():
+        sums_RxN = total[...].astype(jnp.float32)
+        rows = sums_RxN.shape[0] // count
+        y_MxN = sums_RxN[:rows]
+        for plane in range(1, count):
+            y_MxN += sums_RxN[plane * rows : (plane + 1) * rows] * (1 / FINER**plane)
+        y_MxN *= ref["row_scale"][...] * (quantile_unit(max(count - 1, 1)) if kind == "nf4" else 1.0)
+        if kind == "int8":
+            y_MxN *= ref["scale"][...]
+        if "outer_x" in ref:
+            y_MxN += outliers(ref["outer_x"][...], ref["outer_w"][...])
+        ref["y"][...] = y_MxN.astype(ref["y"].dtype)
+
+
+def _groups(ref, scale, kind, group, count):
+    """Add the scaled products of this block's groups; by columns, so that the sum stays in registers."""
+    x, codes, total = ref["x"], ref["codes"], ref["total"]
+    groups, R, N = x.shape[0], *total.shape
+    width = next(width for width in (512, 256, 128, N) if N % width == 0 and (width == N or width * R <= 16384))
+    for start in range(0, N, width):
+        columns = slice(start, start + width)
+        sums_RxN = total[:, columns]
+        for i in range(groups):
+            packed = codes[i * group // 2 : (i + 1) * group // 2, columns]
+            planes = [unpacked(packed)] if kind == "int4" else quantile_planes(packed, max(count - 1, 1))
+            product = join([_dot(x[i], plane, jnp.int32) for plane in planes])
+            sums_RxN += product.astype(jnp.float32) * scale[i : i + 1, columns]
+        total[:, columns] = sums_RxN
+
+
+def _nf4_scales(ref):
+    """Of the blocks: the dynamic map's values times their own scale, which changes every 256 blocks of all, + mean."""
+    value = dynamic_value(ref["scale_codes"][...])
+    position = jax.lax.broadcasted_iota(jnp.int32, value.shape, 0) + ref["phase"][...]
+    outer = ref["outer"][0:1, :]
+    for i in range(1, ref["outer"].shape[0]):
+        outer = jnp.where(position >= i * SCALE_BLOCK, ref["outer"][i : i + 1, :], outer)
+    return value * outer + ref["mean"][...]
+
+
+def outliers(x, w):
+    """The second small matmul, as exact as float32: a float32 w is two numbers of bfloat16 if x is that."""
+    if x.dtype == w.dtype or x.dtype == jnp.float32:
+        return _dot(x, w.astype(x.dtype), jnp.float32)
+    high = w.astype(x.dtype)
+    low = (w.astype(jnp.float32) - high.astype(jnp.float32)).astype(x.dtype)
+    return _dot(x, high, jnp.float32) + _dot(x, low, jnp.float32)
+
+
+def _dot(a, b, dtype):
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.dot(a, b, preferred_element_type=dtype, precision=precision)
+
+
+def nf4_outer(scale_scales, G, N):
+    """For each column its candidates among the scales' scales [S, N], and where its first block stands in one [1, N].
+
+    Every `columns` columns begin a new scale's scale; within these, which ones they need is a constant, and selected
+    by a product with zeros and ones: a TPU is slow at gathering.
+    """
+    columns = SCALE_BLOCK // math.gcd(G, SCALE_BLOCK)
+    S, scales = -(-(SCALE_BLOCK - 1 + G) // SCALE_BLOCK), columns * G // SCALE_BLOCK
+    first = np.arange(columns) * G
+    needed = np.minimum(first // SCALE_BLOCK + np.arange(S)[:, None], scales - 1)  # one more than the last is not used
+    periods = -(-N // columns)
+    by_period = jnp.pad(scale_scales, (0, periods * scales - len(scale_scales))).reshape(periods, scales)
+    if scales == 1:
+        outer = jnp.broadcast_to(by_period, (periods, columns)).reshape(1, -1)
+    else:
+        chosen = jnp.asarray(needed.ravel() == np.arange(scales)[:, None], jnp.float32)
+        outer = jnp.matmul(by_period, chosen, precision=jax.lax.Precision.HIGHEST)
+        outer = jnp.swapaxes(outer.reshape(periods, S, columns), 0, 1).reshape(S, -1)
+    return outer[:, :N], jnp.asarray(np.tile(first % SCALE_BLOCK, periods)[None, :N], jnp.int32)
