@@ -15,8 +15,8 @@ def per_device(run: Callable[..., Any], arguments: Sequence[str], results: Seque
     """`run`, called by every device of the mesh in the context with its own part of every array.
 
     `arguments` and `results` name the dimensions of each array, for example "B T H P"; those in `AXES` are divided
-    where the mesh axes divide every size, the others are whole on every device. An argument may be None. Without
-    a mesh, or inside `shard_map` over all of its axes, it is a plain call.
+    where the mesh axes divide every size, the others are whole on every device. An argument may be None; one result is
+    not in a tuple. Without a mesh, or inside `shard_map` over all of its axes, it is a plain call.
     """
 
     def call(*arrays):
@@ -48,8 +48,9 @@ def per_device(run: Callable[..., Any], arguments: Sequence[str], results: Seque
             return run(*(next(rest) if here else None for here in given))
 
         in_specs = tuple(spec(dims) for dims, here in zip(arguments, given, strict=True) if here)
-        out_specs = tuple(spec(dims) for dims in results)
+        out_specs = [spec(dims) for dims in results]
         present = [array for array in arrays if array is not None]
-        return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, axis_names=manual)(*present)
+        one_or_all = tuple(out_specs) if len(out_specs) > 1 else out_specs[0]
+        return jax.shard_map(local, in_specs=in_specs, out_specs=one_or_all, axis_names=manual)(*present)
 
     return call

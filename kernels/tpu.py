@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.custom_batching import sequential_vmap
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -29,9 +30,8 @@ def pallas_call(kernel: Callable[..., None], out_shape: Any, *arguments: jax.Arr
     """
     varying = jax.typeof(arguments[0]).manual_axis_type
     results = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, manual_axis_type=varying), out_shape)
-    interpret = (
-        False
-        if platform() == "tpu"
-        else pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
-    )
-    return pl.pallas_call(kernel, results, interpret=interpret, **options)(*arguments)
+    if platform() == "tpu":
+        return pl.pallas_call(kernel, results, **options)(*arguments)
+    interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
+    # One after another under vmap: the interpreter does not know of the dimension that this adds to the grid.
+    return sequential_vmap(pl.pallas_call(kernel, results, interpret=interpret, **options))(*arguments)

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from phyla.kernels.arguments import align, check
 from phyla.kernels.dispatch import resolve
 from phyla.kernels.mlstm.reference import mlstm_reference
+from phyla.kernels.mlstm.tpu import mlstm_tpu
 from phyla.kernels.mlstm.xla import mlstm_xla
 from phyla.kernels.segments import starts
 
-IMPLEMENTATIONS = {"reference": mlstm_reference, "xla": mlstm_xla}
+IMPLEMENTATIONS = {"reference": mlstm_reference, "xla": mlstm_xla, "tpu": mlstm_tpu}
 Gate = Literal["exponential", "sigmoid"]
 
 
@@ -58,7 +59,7 @@ def mlstm(
             the token before it.
         gate: the input gate's activation.
         epsilon: added to the normaliser.
-        implementation: "reference", "xla" or None, the best for the backend.
+        implementation: "reference", "xla", "tpu" or None, the best for the backend.
 
     Returns:
         h, [B, T, H, V] in the dtype of v, and the state after the last token, float32.
