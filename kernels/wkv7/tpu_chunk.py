@@ -24,6 +24,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from phyla.kernels.tpu import LANES, SUBLANES
 
+VMEM = 64 * 2**20  # of 128 MiB (64 on tpu7x)
+
 
 class Blocks(NamedTuple):
     """How the work is divided."""
@@ -88,7 +90,8 @@ class Layout:
     def options(self):
         """Of `pallas_call`."""
         semantics = ("parallel", "parallel", "arbitrary")
-        return {"grid": self.grid, "compiler_params": pltpu.CompilerParams(dimension_semantics=semantics)}
+        params = pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM)
+        return {"grid": self.grid, "compiler_params": params}
 
     def cost(self, squares: int, states: int, arrays) -> pl.CostEstimate:
         """For products of [L, L] with [L, N] and of [L, N] with [N, N], so many for each chunk and head."""
