@@ -5,13 +5,13 @@
 for every head, S being [V, K]. One thread block runs the time of one head and 64 rows of S, which stay in registers;
 a chunk of 64 tokens is attention without softmax, and passes S on. Every product is one of `plgpu.wgmma` from SMEM,
 [64, 64 or K] of float32, the one form that the compiler for Hopper and the interpreter both have (neither Ampere's
-`mma` nor operands in registers are interpreted). The matrix unit takes bfloat16: float32 is two of them, high and low,
-and three products, to a relative error of about 2^-16; what is between two products is rounded likewise.
+`mma` nor operands in registers are interpreted). The matrix unit takes bfloat16: a float32 is the sum of three, and a
+product of two is six products, as exact as float32; with bfloat16 inputs it is one.
 
 | | forward | backward |
 |---|---|---|
 | products of [64, 64, K] a chunk | 4 (with [64, 64, 64] at K 64) | 9 and 2 of [64, 64, 64] |
-| SMEM at K 128, bfloat16 and float32 | 73 KB, 145 KB | 97 KB, 185 KB |
+| SMEM at K 128, bfloat16 and float32 | 65 KB, 193 KB | 81 KB, 225 KB |
 | kept, beyond arguments | | S before every chunk: K V / 16 bytes a token and head |
 
 The log decay between two tokens is a difference of sums over time in two parts: multiples of 2^-10, which float32 adds
@@ -34,7 +34,7 @@ from phyla.kernels.partition import per_device
 CHUNK = 64
 """Tokens, and rows of S in a thread block: the rows of one product."""
 KEYS = 128
-"""At most: S and its gradient are K / 2 registers a thread each, and 2 K CHUNK bytes of SMEM or twice that."""
+"""At most: a float32 [64, 128] is 64 registers a thread, and 48 KB of SMEM as an operand."""
 FORGET = -128.0
 """exp of it, or of less, is 0 in float32."""
 SQUARE = plgpu.Layout.WGMMA
@@ -148,7 +148,7 @@ def _run_backward(q, k, v, gates, states, do, d_end):
     def body(*refs):
         q_ref, k_ref, v_ref, gates_ref, states_ref, do_ref, d_end_ref = refs[:7]
         dq_ref, dk_ref, dv_ref, sums_ref, kept_ref, d_start_ref = refs[7:13]
-        q_s, k_s, v_s, do_s, w_s, S_s, dS_s, earlier_s, gates_s = refs[13:]
+        q_s, k_s, v_s, do_s, w_s, S_s, earlier_s, gates_s = refs[13:]
         b, h, r = (jax.lax.axis_index(name) for name in "bhr")
         block, group = pl.ds(r * CHUNK, CHUNK), h // (H // G)
         row, column = (plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), d, layout=SQUARE) for d in (0, 1))
@@ -162,12 +162,8 @@ def _run_backward(q, k, v, gates, states, do, d_end):
             put(v_s, load(v_ref.at[b, t, h, block], SQUARE))
             do = load(do_ref.at[b, t, h, block], SQUARE)
             put(do_s, do)
-            S = load(states_ref.at[b, n, h, block], SQUARE)
-            put(S_s, S)
-            put(dS_s, dS)
+            put(S_s, dS)
             decay = _Decays(gates_ref, gates_s, b, h, n)
-            whole = splat(decay.whole, S.shape)
-            store(kept_ref.at[b, n, h, block], jnp.sum(jnp.where(whole > 0, dS * whole * S, 0.0), 1))
             plgpu.commit_smem()
             scores = product(q_s, turn(k_s))
             # Where the decay is 0, v may be an overflow in another document.
@@ -176,25 +172,29 @@ def _run_backward(q, k, v, gates, states, do, d_end):
             put(w_s, d_scores)
             plgpu.commit_smem()
             k = load(k_ref.at[b, t, group], SQUARE)
-            dk_end = fade(product(v_s, dS_s), columns(decay.to_end, K))
+            dk_end = fade(product(v_s, S_s), columns(decay.to_end, K))
             store(sums_ref.at[b, r, 3, h, t], jnp.sum(k * dk_end, 1) * decay.weight)
             dk = product(turn(w_s), q_s) + dk_end
             store(sums_ref.at[b, r, 0, h, t], jnp.sum(k * dk, 1))
             store(dk_ref.at[b, r, t, h], dk * columns(decay.weight, K))
             plgpu.commit_smem()
 
+            put(w_s, scores * decay.between)
+            plgpu.commit_smem()
+            dv = product(turn(w_s), do_s) + fade(product(k_s, turn(S_s)), columns(decay.to_end, CHUNK))
+            store(dv_ref.at[b, t, h, block], dv * columns(decay.weight, CHUNK))
+            plgpu.commit_smem()
+
+            S = load(states_ref.at[b, n, h, block], SQUARE)
+            whole = splat(decay.whole, S.shape)
+            store(kept_ref.at[b, n, h, block], jnp.sum(jnp.where(whole > 0, dS * whole * S, 0.0), 1))
+            put(S_s, S)
             d_scores *= decay.weight_across
             put(w_s, d_scores)
             plgpu.commit_smem()
             dq_start = fade(product(do_s, S_s), columns(decay.since_start, K))
             store(sums_ref.at[b, r, 2, h, t], jnp.sum(load(q_ref.at[b, t, group], SQUARE) * dq_start, 1))
             store(dq_ref.at[b, r, t, h], product(w_s, k_s) + dq_start)
-            plgpu.commit_smem()
-
-            put(w_s, scores * decay.between)
-            plgpu.commit_smem()
-            dv = product(turn(w_s), do_s) + fade(product(k_s, turn(dS_s)), columns(decay.to_end, CHUNK))
-            store(dv_ref.at[b, t, h, block], dv * columns(decay.weight, CHUNK))
             plgpu.commit_smem()
 
             put(w_s, d_scores * scores)
@@ -212,7 +212,7 @@ def _run_backward(q, k, v, gates, states, do, d_end):
     shape, parts = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32), _parts(v)
     wide = shape((B, V // CHUNK, T, H, K))
     out = wide, wide, shape(v.shape), shape((B, V // CHUNK, 4, H, T)), shape(states.shape[:4]), shape(d_end.shape)
-    scratch = tuple(_smem(CHUNK, n, parts) for n in (K, K, CHUNK, CHUNK, CHUNK, K, K))
+    scratch = tuple(_smem(CHUNK, n, parts) for n in (K, K, CHUNK, CHUNK, CHUNK, K))
     scratch += _smem(CHUNK, CHUNK, 1), plgpu.SMEM((3, CHUNK), jnp.float32)
     flops = 2 * B * H * T * V * (3 * CHUNK + 4 * K) + 2 * B * H * T * CHUNK * 3 * K * (V // CHUNK)
     return _call("attention_backward", body, out, (q, k, v, gates, states, do, d_end), scratch, flops)
@@ -264,7 +264,7 @@ def _dims(q):
 
 
 def _parts(v):
-    return 1 if v.dtype == jnp.bfloat16 else 2
+    return 1 if v.dtype == jnp.bfloat16 else 3
 
 
 def _smem(rows, columns, parts):

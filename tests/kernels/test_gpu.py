@@ -1,6 +1,6 @@
 """Kernels for GPUs lower for chips that are not here; their interpreter finds what the suite of the ops relies on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -11,6 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from phyla.kernels import gpu
 from phyla.kernels.dispatch import Unfit
+from phyla.kernels.mlstm import mlstm
 from phyla.kernels.selective_scan import selective_scan
 from phyla.kernels.ssd import ssd
 from tests.kernels.ops import OPS
@@ -23,7 +24,7 @@ class Problem(NamedTuple):
     """An op at a realistic size: its arguments' shapes, in the activations' dtype (True) or in float32."""
 
     call: Callable
-    arguments: dict[str, tuple[tuple[int, ...], bool]]
+    arguments: Mapping[str, tuple[tuple[int, ...], bool]]
     kernels: int = 2  # in a forward and backward pass
     chips: tuple[str, ...] = tuple(gpu.CHIPS)
 
@@ -65,6 +66,11 @@ PROBLEMS = {
         },
         chips=("h100",),
     ),
+    "mlstm": Problem(
+        mlstm,
+        dict.fromkeys("qkv", ((B, T, 16, 128), True)) | dict.fromkeys("if", ((B, T, 16), False)),
+        chips=("h100",),
+    ),
 }
 CASES = [(name, chip) for name, problem in PROBLEMS.items() for chip in gpu.CHIPS]
 
@@ -98,13 +104,25 @@ def draw_ssd(rng, B, T, wide):
     }
 
 
+def draw_mlstm(rng, B, T, wide):
+    q, k = rng.normal(size=(2, B, T, 1, 66))
+    i, f = rng.uniform(-3, 3, (2, B, T, 1))
+    return {"q": q, "k": k, "v": rng.normal(size=(B, T, 1, 64)), "i": i, "f": f}
+
+
+def draw_mlstm_state(rng, B):
+    return rng.normal(size=(B, 1, 66, 64)), rng.normal(size=(B, 1, 66)), rng.uniform(0, 2, (B, 1))
+
+
 LARGE = {
+    "mlstm": OPS["mlstm"]._replace(draw=draw_mlstm, draw_state=draw_mlstm_state, output_shape=(1, 64)),
     "ssd": OPS["ssd"]._replace(
         draw=draw_ssd, draw_state=lambda rng, B: rng.normal(size=(B, 2, 70, 66)), output_shape=(2, 70)
-    )
+    ),
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LARGE)
 def test_across_chunks_and_blocks(name):
     """Documents that begin inside a chunk, at its edges and beyond the first; a last chunk that is not whole."""
