@@ -16,7 +16,7 @@ def per_device(run: Callable[..., Any], arguments: Sequence[str], results: Seque
 
     `arguments` and `results` name the dimensions of each array, for example "B T H P"; those in `AXES` are divided
     where the mesh axes divide every size, the others are whole on every device. An argument may be None; one result is
-    not in a tuple. Without a mesh, or inside `shard_map` over all of its axes, it is a plain call.
+    not in a tuple. Without a mesh, on one device, or inside `shard_map` over all axes, it is a plain call.
     """
 
     def call(*arrays):
@@ -28,15 +28,15 @@ def per_device(run: Callable[..., Any], arguments: Sequence[str], results: Seque
             if array is not None:
                 for dim, size in zip(dims.split(), array.shape, strict=True):
                     sizes.setdefault(dim, []).append(size)
+        free = set(mesh.axis_names) - set(mesh.manual_axes)
+        if not free or mesh.size == 1:
+            return run(*arrays)
         divided = {}
         for dim, names in AXES.items():
-            free = tuple(n for n in names if n in mesh.axis_names and n not in mesh.manual_axes and mesh.shape[n] > 1)
-            parts = math.prod(mesh.shape[n] for n in free)
-            if free and dim in sizes and all(size % parts == 0 for size in sizes[dim]):
-                divided[dim] = free
-        manual = {axis for axes in divided.values() for axis in axes}
-        if not manual:
-            return run(*arrays)
+            over = tuple(name for name in names if name in free)
+            parts = math.prod(mesh.shape[name] for name in over)
+            if over and dim in sizes and all(size % parts == 0 for size in sizes[dim]):
+                divided[dim] = over
 
         def spec(dims: str) -> PartitionSpec:
             return PartitionSpec(*(divided.get(dim) for dim in dims.split()))
@@ -51,6 +51,7 @@ def per_device(run: Callable[..., Any], arguments: Sequence[str], results: Seque
         out_specs = [spec(dims) for dims in results]
         present = [array for array in arrays if array is not None]
         one_or_all = tuple(out_specs) if len(out_specs) > 1 else out_specs[0]
-        return jax.shard_map(local, in_specs=in_specs, out_specs=one_or_all, axis_names=manual)(*present)
+        # Over all axes, divided or not: Mosaic's kernels cannot be inside anything that is left to the partitioner.
+        return jax.shard_map(local, in_specs=in_specs, out_specs=one_or_all, axis_names=free)(*present)
 
     return call

@@ -286,29 +286,45 @@ class Bench:
       phyla bench scan
       phyla bench models
       phyla bench models llama mamba --peers ~/torch/bin/python --json models.json
+      phyla bench kernels --target v5e --op ssd
     """
 
-    what: Annotated[Literal["scan", "models"], Positional]
-    """scan: a Mamba training step over the same step without its scan. models: every architecture at one size."""
+    what: Annotated[Literal["scan", "models", "kernels"], Positional]
+    """scan: a Mamba training step over the same step without its scan. models: every architecture at one size.
+    kernels: every op against what its bytes and operations allow, for a TPU without having one."""
     names: Annotated[tuple[str, ...], Positional, arg(metavar="[NAME ...]")] = ()
     """Architectures, for models; none: all."""
     peers: Path | None = None
     """For models: a Python that has torch, transformers and mambapy, whose models are timed in turn with ours."""
+    target: Literal["v5e", "v5p", "v6e", "tpu7x", "cpu"] | None = None
+    """For kernels: a chip to compile for, or cpu to time them there; None: what is here, or v5e."""
+    op: UseAppendAction[tuple[str, ...]] = ()
+    """For kernels: one op (repeatable); none: all."""
     rounds: int = 15
     """How often each is timed; figures are medians."""
     json: Path | None = None
-    """Where the table goes as JSON; None: runs/bench-scan.json or runs/bench-models.json."""
+    """Where the table goes as JSON; None: runs/bench-scan.json and so on."""
 
     def __post_init__(self):
         if self.rounds < 1:
             raise UserError(f"--rounds must be at least 1, not {self.rounds}")
-        if self.what == "scan" and (self.names or self.peers):
-            raise UserError(f"bench scan takes no {'--peers' if self.peers else 'names'}; bench models does")
+        for what, given in (
+            ("models", {"--peers": self.peers, "names": self.names}),
+            ("kernels", {"--target": self.target, "--op": self.op}),
+        ):
+            surplus = [name for name, value in given.items() if value]
+            if self.what != what and surplus:
+                raise UserError(f"bench {self.what} takes no {surplus[0]}; bench {what} does")
 
 
 def bench(arguments: Sequence[str]) -> None:
-    """`phyla bench scan`, `phyla bench models [NAME ...]`."""
+    """`phyla bench scan`, `phyla bench models [NAME ...]`, `phyla bench kernels`."""
     options = parse(Bench, arguments, prog="phyla bench")
+    if options.what == "kernels":
+        from phyla.training.bench.kernels import bench_kernels
+
+        bench_kernels(options.op, target=options.target, json=options.json, rounds=options.rounds)
+        return
     from phyla.training.bench import BATCH
 
     if options.what == "scan":

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 SIZE = 2048
+STREAM = 2**28
+"""Of a matrix product, and bytes of an array that is read."""
 
 
 @functools.cache
@@ -29,6 +31,25 @@ def matmul_peak(mesh: Mesh, dtype: str) -> float:
         product(a).block_until_ready()
         best = min(best, time.perf_counter() - start)
     return 2 * devices * SIZE**3 / best
+
+
+@functools.cache
+def memory_bandwidth(mesh: Mesh) -> float:
+    """Bytes per second that a sum over an array far beyond any cache reads, on all of a mesh's devices at once.
+
+    The best of five runs: interruptions only make it slower.
+    """
+    devices = math.prod(mesh.shape.values())
+    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    a = jax.jit(lambda: jnp.ones((devices, STREAM // 4), jnp.float32), out_shardings=sharding)()
+    total = jax.jit(lambda a: a.sum(1))
+    total(a).block_until_ready()
+    best = math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        total(a).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return a.nbytes / best
 
 
 def memory_in_use() -> int:

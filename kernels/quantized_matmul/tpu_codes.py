@@ -82,10 +82,10 @@ def matmul_codes(x_MxK, a, *, kind, group, block, count, dtype):
     bm, bn, bk = block
     G, gb, packing = K // group, max(bk // group, 1), 1 if kind == "int8" else 2
     planes_RxK, row_scale = split(x_MxK, count)
-    planes_GxRxP = jnp.swapaxes(planes_RxK.reshape(-1, G, group), 0, 1)
     R = count * bm
     given = {"row_scale": (row_scale, pl.BlockSpec((bm, 1), lambda m, n, k: (m, 0)))}
     column = lambda rows: pl.BlockSpec((rows, bn), lambda m, n, k: (0, n))  # noqa: E731
+    planes_GxRxP = jnp.swapaxes(planes_RxK.reshape(-1, G, group), 0, 1)
     if kind == "int8":
         given["x"] = planes_RxK, pl.BlockSpec((R, bk), lambda m, n, k: (m, k))
     else:

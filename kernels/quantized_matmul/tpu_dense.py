@@ -30,18 +30,15 @@ def matmul_dense(x, a, *, kind, group, block, dtype, transpose=False):
     K, N = codes.shape[0] * packing, codes.shape[1]
     bm, bo, bc = block
     bk, bn = (bo, bc) if transpose else (bc, bo)
-    at = (lambda m, o, c: (o, c)) if transpose else (lambda m, o, c: (c, o))  # the matrix's block
+    at = (lambda o, c: (o, c)) if transpose else (lambda o, c: (c, o))  # the matrix's block
     given = {
         "x": (x, pl.BlockSpec((bm, bc), lambda m, o, c: (m, c))),
-        "codes": (codes, pl.BlockSpec((bk // packing, bn), at)),
+        "codes": (codes, pl.BlockSpec((bk // packing, bn), lambda m, o, c: at(o, c))),
     }
     if packing == 2:
         for name in a.keys() & {"scale", "zero"}:
             by_block = a[name].reshape(K // bk, bk // group, N)
-            given[name] = (
-                by_block,
-                pl.BlockSpec((None, bk // group, bn), lambda m, o, c: (at(m, o, c)[0], 0, at(m, o, c)[1])),
-            )
+            given[name] = by_block, pl.BlockSpec((None, bk // group, bn), lambda m, o, c: (at(o, c)[0], 0, at(o, c)[1]))
     elif not transpose:
         given["scale"] = a["scale"], pl.BlockSpec((1, bn), lambda m, o, c: (0, o))
     for name in a.keys() & {"outer_x", "row_scale"}:
