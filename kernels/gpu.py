@@ -61,6 +61,14 @@ def kernel(body: Callable[..., None], out_type: Any, *arguments: jax.Array, **op
     return jax.tree.map(lambda v: jax.lax.pcast(v, varying, to="varying"), results) if varying else results
 
 
+def capability() -> str | None:
+    """Such as "9.0": the GPU that is traced for; None where it is not one, and every GPU's kernels are interpreted."""
+    if platform() != "gpu":
+        return None
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return getattr(jax.devices()[0] if device is None else device, "compute_capability", None)
+
+
 def load(ref: Any, layout: Any) -> jax.Array:
     """What is in SMEM or GMEM, as float32 in registers."""
     v = plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
@@ -112,6 +120,14 @@ def columns(v: jax.Array, width: int) -> jax.Array:
 def rows(v: jax.Array, height: int) -> jax.Array:
     """A vector [N] as `height` equal rows, [height, N]."""
     return jax.lax.broadcast_in_dim(v, (height, v.shape[0]), (1,))
+
+
+def pad(v: jax.Array, *multiples: int) -> jax.Array:
+    """Zeros at the end: axis, multiple, axis, multiple, ..."""
+    widths = [(0, 0)] * v.ndim
+    for axis, multiple in zip(multiples[::2], multiples[1::2], strict=True):
+        widths[axis] = (0, -v.shape[axis] % multiple)
+    return jnp.pad(v, widths)
 
 
 @dataclasses.dataclass(frozen=True)

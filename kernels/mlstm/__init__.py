@@ -7,12 +7,13 @@ import jax.numpy as jnp
 
 from phyla.kernels.arguments import align, check
 from phyla.kernels.dispatch import resolve
+from phyla.kernels.mlstm.gpu import mlstm_gpu
 from phyla.kernels.mlstm.reference import mlstm_reference
 from phyla.kernels.mlstm.tpu import mlstm_tpu
 from phyla.kernels.mlstm.xla import mlstm_xla
 from phyla.kernels.segments import starts
 
-IMPLEMENTATIONS = {"reference": mlstm_reference, "xla": mlstm_xla, "tpu": mlstm_tpu}
+IMPLEMENTATIONS = {"reference": mlstm_reference, "xla": mlstm_xla, "tpu": mlstm_tpu, "gpu": mlstm_gpu}
 Gate = Literal["exponential", "sigmoid"]
 
 
@@ -59,11 +60,11 @@ def mlstm(
             the token before it.
         gate: the input gate's activation.
         epsilon: added to the normaliser.
-        implementation: "reference", "xla", "tpu" or None, the best for the backend.
+        implementation: "reference", "xla", "tpu", "gpu" or None, the best for the backend.
 
     Returns:
         h, [B, T, H, V] in the dtype of v, and the state after the last token, float32.
-        ("reference" computes in float64 when v is float64; "xla" refuses it.)
+        ("reference" computes in float64 when v is float64; the others refuse it.)
 
     Raises:
         ValueError: a shape or dtype does not fit, or the gate or implementation is unknown.

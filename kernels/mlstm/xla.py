@@ -34,12 +34,12 @@ def mlstm_xla(q, k, v, i, f, state, resets, gate, epsilon):
         return h, (C_BxHxKxV,)
     C_BxHxKxV, n_BxHxK, m_BxH = state
     memory = jnp.concatenate([C_BxHxKxV, n_BxHxK[..., None]], -1)
-    m_BxTxH = _stabiliser(log_f_BxTxH, i_BxTxH, m_BxH, resets)
+    m_BxTxH = stabiliser(log_f_BxTxH, i_BxTxH, m_BxH, resets)
     h, memory = _attend(epsilon, q, k, v, i_BxTxH, log_f_BxTxH, (m_BxH, m_BxTxH), memory, resets)
     return h, (memory[..., :-1], memory[..., -1], m_BxTxH[:, -1])
 
 
-def _stabiliser(log_f_BxTxH, i_BxTxH, m_BxH, resets):
+def stabiliser(log_f_BxTxH, i_BxTxH, m_BxH, resets):
     """m_t = max(log_f_t + m_{t-1}, i_t, 0) for all t, with m_{t-1} = 0 at a reset."""
     shift = log_f_BxTxH if resets is None else jnp.where(resets[..., None], -1e30, log_f_BxTxH)
 
@@ -61,7 +61,7 @@ def _attend(epsilon, q, k, v, log_i, log_f, m, memory, resets) -> tuple[jax.Arra
 
 
 def _forward(epsilon, q, k, v, log_i, log_f, m, memory, resets):
-    log_weight, log_decay = _stabilise(log_i, log_f, m)
+    log_weight, log_decay = stabilise(log_i, log_f, m)
     q_, k_, v_ = _inputs(q, k, v, log_weight, m)
     between, from_start, to_end = _decays(log_decay, resets)
 
@@ -77,7 +77,7 @@ def _forward(epsilon, q, k, v, log_i, log_f, m, memory, resets):
 
 def _backward(epsilon, saved, cotangents):
     q, k, v, log_i, log_f, m, resets, starts, memory = saved
-    log_weight, log_decay = _stabilise(log_i, log_f, m)
+    log_weight, log_decay = stabilise(log_i, log_f, m)
     q_, k_, v_ = _inputs(q, k, v, log_weight, m)
     between, from_start, to_end = _decays(log_decay, resets)
     read, product = _read(q_, k_, v_, starts, between, from_start)
@@ -123,7 +123,7 @@ def _backward(epsilon, saved, cotangents):
 _attend.defvjp(_forward, _backward)
 
 
-def _stabilise(log_i, log_f, m):
+def stabilise(log_i, log_f, m):
     """Logarithms, <= 0, of what a token is weighted with and the memory before it multiplied by, [B, T, H]."""
     if m is None:
         return log_i, log_f

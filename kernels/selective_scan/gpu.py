@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from phyla.kernels.dispatch import Unfit
-from phyla.kernels.gpu import ROWS, THREADS, TILES, columns, kernel, load, pipeline, rows, store
+from phyla.kernels.gpu import ROWS, THREADS, TILES, columns, kernel, load, pad, pipeline, rows, store
 from phyla.kernels.partition import per_device
 from phyla.kernels.selective_scan.xla import selective_scan_xla
 
@@ -131,8 +131,8 @@ def _run_forward(x, dt, A, B, C, D, h, resets, save):
 def _run_backward(x, dt, A, B, C, D, resets, states, dy, dh):
     (batch, T, channels), N = x.shape, A.shape[1]
     x, dt, A, B, C, D, dh, resets = _padded(x, dt, A, B, C, D, dh, resets)
-    dy = _pad(dy, 1, STAGE, 2, THREADS)
-    states = _pad(states, 2, THREADS, 3, GROUP)
+    dy = pad(dy, 1, STAGE, 2, THREADS)
+    states = pad(states, 2, THREADS, 3, GROUP)
     (_, length, width), N16 = x.shape, A.shape[1]
     staged = (x, dt, B, C, dy)
     chunks = length // CHUNK
@@ -227,19 +227,11 @@ def _call(name, body, out, staged, whole, operations, exps, **options):
 
 def _padded(x, dt, A, B, C, D, h, resets):
     """Whole blocks: a token with dt 0, a channel or a state more changes nothing. Resets are integers."""
-    x, dt = (_pad(v, 1, STAGE, 2, THREADS) for v in (x, dt))
-    B, C = (_pad(v.astype(jnp.float32), 1, STAGE, 2, GROUP) for v in (B, C))
-    A, h = (_pad(v.astype(jnp.float32), -2, THREADS, -1, GROUP) for v in (A, h))
-    D = _pad(D.astype(jnp.float32), 0, THREADS)
-    return x, dt, A, B, C, D, h, None if resets is None else _pad(resets.astype(jnp.int32), 1, STAGE)
-
-
-def _pad(v, *multiples):
-    """Zeros at the end: axis, multiple, axis, multiple, ..."""
-    widths = [(0, 0)] * v.ndim
-    for axis, multiple in zip(multiples[::2], multiples[1::2], strict=True):
-        widths[axis] = (0, -v.shape[axis] % multiple)
-    return jnp.pad(v, widths)
+    x, dt = (pad(v, 1, STAGE, 2, THREADS) for v in (x, dt))
+    B, C = (pad(v.astype(jnp.float32), 1, STAGE, 2, GROUP) for v in (B, C))
+    A, h = (pad(v.astype(jnp.float32), -2, THREADS, -1, GROUP) for v in (A, h))
+    D = pad(D.astype(jnp.float32), 0, THREADS)
+    return x, dt, A, B, C, D, h, None if resets is None else pad(resets.astype(jnp.int32), 1, STAGE)
 
 
 def _specs(staged, length, b, d, order):

@@ -6,11 +6,12 @@ import jax.numpy as jnp
 from phyla.kernels.arguments import align, check
 from phyla.kernels.dispatch import resolve
 from phyla.kernels.segments import starts
+from phyla.kernels.ssd.gpu import ssd_gpu
 from phyla.kernels.ssd.reference import ssd_reference
 from phyla.kernels.ssd.tpu import ssd_tpu
 from phyla.kernels.ssd.xla import ssd_xla
 
-IMPLEMENTATIONS = {"reference": ssd_reference, "xla": ssd_xla, "tpu": ssd_tpu}
+IMPLEMENTATIONS = {"reference": ssd_reference, "xla": ssd_xla, "tpu": ssd_tpu, "gpu": ssd_gpu}
 
 
 def ssd(
@@ -45,11 +46,11 @@ def ssd(
         initial_state: h before the first token, [B, H, P, N]; None is zeros. It belongs to the first token's segment.
         segment_ids: integers, [B, T]; the state is zero at the start of every token whose id differs from that of
             the token before it.
-        implementation: "reference", "xla", "tpu" or None, the best for the backend.
+        implementation: "reference", "xla", "tpu", "gpu" or None, the best for the backend.
 
     Returns:
         y, [B, T, H, P] in the dtype of x, and the state after the last token, float32 [B, H, P, N].
-        ("reference" computes in float64 when x is float64; "xla" refuses it.)
+        ("reference" computes in float64 when x is float64; the others refuse it.)
 
     Raises:
         ValueError: a shape or dtype does not fit, or the implementation is unknown.

@@ -1,6 +1,6 @@
 """Kernels for GPUs lower for chips that are not here; their interpreter finds what the suite of the ops relies on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -11,7 +11,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from phyla.kernels import gpu
 from phyla.kernels.dispatch import Unfit
+from phyla.kernels.mlstm import mlstm
 from phyla.kernels.selective_scan import selective_scan
+from phyla.kernels.ssd import ssd
+from tests.kernels.ops import OPS
+from tests.kernels.test_ops import Case, cast, error, problem, run
 
 B, T, WIDTH = 1, 8192, 5120
 
@@ -20,8 +24,9 @@ class Problem(NamedTuple):
     """An op at a realistic size: its arguments' shapes, in the activations' dtype (True) or in float32."""
 
     call: Callable
-    arguments: dict[str, tuple[tuple[int, ...], bool]]
+    arguments: Mapping[str, tuple[tuple[int, ...], bool]]
     kernels: int = 2  # in a forward and backward pass
+    chips: tuple[str, ...] = tuple(gpu.CHIPS)
 
     def lower(self, chip: str, dtype) -> str:
         """The program of a forward and backward pass."""
@@ -49,21 +54,83 @@ PROBLEMS = {
             "D": ((WIDTH,), False),
         },
     ),
+    "ssd": Problem(
+        ssd,
+        {
+            "x": ((B, T, 32, 64), True),
+            "dt": ((B, T, 32), False),
+            "A": ((32,), False),
+            "B": ((B, T, 1, 128), True),
+            "C": ((B, T, 1, 128), True),
+            "D": ((32,), False),
+        },
+        chips=("h100",),
+    ),
+    "mlstm": Problem(
+        mlstm,
+        dict.fromkeys("qkv", ((B, T, 16, 128), True)) | dict.fromkeys("if", ((B, T, 16), False)),
+        chips=("h100",),
+    ),
 }
+CASES = [(name, chip) for name, problem in PROBLEMS.items() for chip in gpu.CHIPS]
 
 
-@pytest.mark.parametrize("chip", gpu.CHIPS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("name", PROBLEMS)
-def test_forward_and_backward_lower(name, dtype, chip):
-    program = PROBLEMS[name].lower(chip, dtype)
-    assert program.count("custom_call @mosaic_gpu") == PROBLEMS[name].kernels
+@pytest.mark.parametrize(("name", "chip"), CASES)
+def test_forward_and_backward_lower(name, chip, dtype):
+    problem = PROBLEMS[name]
+    if chip in problem.chips:
+        assert problem.lower(chip, dtype).count("custom_call @mosaic_gpu") == problem.kernels
+    else:
+        with pytest.raises(Unfit, match="compute capability"):
+            problem.lower(chip, dtype)
 
 
 def test_what_does_not_fit_says_why():
     x, A, B = jnp.ones((1, 4, 8)), -jnp.ones((8, 33)), jnp.ones((1, 4, 33))
     with pytest.raises(Unfit, match="N is 33"):
         selective_scan(x, x, A, B, B, jnp.ones(8), implementation="gpu")
+
+
+def draw_ssd(rng, B, T, wide):
+    """Two groups, and more than one block of 64 of the head and of the states."""
+    return {
+        "x": rng.normal(size=(B, T, 2, 70)),
+        "dt": 10 ** rng.uniform(-3, 0, (B, T, 2)),
+        "A": -(10 ** rng.uniform(-2, 0, 2)),
+        "B": rng.normal(size=(B, T, 2, 66)),
+        "C": rng.normal(size=(B, T, 2, 66)),
+        "D": rng.normal(size=2),
+    }
+
+
+def draw_mlstm(rng, B, T, wide):
+    q, k = rng.normal(size=(2, B, T, 1, 66))
+    i, f = rng.uniform(-3, 3, (2, B, T, 1))
+    return {"q": q, "k": k, "v": rng.normal(size=(B, T, 1, 64)), "i": i, "f": f}
+
+
+def draw_mlstm_state(rng, B):
+    return rng.normal(size=(B, 1, 66, 64)), rng.normal(size=(B, 1, 66)), rng.uniform(0, 2, (B, 1))
+
+
+LARGE = {
+    "mlstm": OPS["mlstm"]._replace(draw=draw_mlstm, draw_state=draw_mlstm_state, output_shape=(1, 64)),
+    "ssd": OPS["ssd"]._replace(
+        draw=draw_ssd, draw_state=lambda rng, B: rng.normal(size=(B, 2, 70, 66)), output_shape=(2, 70)
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGE)
+def test_across_chunks_and_blocks(name):
+    """Documents that begin inside a chunk, at its edges and beyond the first; a last chunk that is not whole."""
+    op, case = LARGE[name], Case(1, 150, ((3, 64, 100, 127),))
+    given = problem(op, case)
+    with jax.enable_x64(True):
+        wanted = jax.tree.map(np.asarray, run(op, *given, implementation="reference"))
+    assert error(run(op, *cast(given, jnp.float32), implementation="gpu"), wanted) < 1e-4
 
 
 def copy(x, *, wait: bool):

@@ -253,7 +253,12 @@ def test_packed_equals_separate(name, implementation, segment_ids, data):
     packed_equals_separate(name, implementation, segment_ids, data)
 
 
+# Interpreted matrix units are NumPy's product, which warns of the overflow that this is about.
+overflows = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered in matmul:RuntimeWarning")
+
+
 @every_interpreted_implementation
+@overflows
 @hypothesis.settings(max_examples=3, deadline=None)
 @packings
 def test_packed_equals_separate_interpreted(name, implementation, segment_ids, data):
@@ -261,6 +266,7 @@ def test_packed_equals_separate_interpreted(name, implementation, segment_ids, d
 
 
 @every_interpreted_implementation
+@overflows
 @pytest.mark.slow
 @hypothesis.settings(max_examples=30, deadline=None)
 @packings

@@ -27,5 +27,5 @@ OP = Op(
     by_token=frozenset({"q", "k", "v", "i", "f"}),
     output_shape=(H, V),
     loud=frozenset({"v"}),
-    fast=("xla", "tpu"),
+    fast=("xla", "tpu", "gpu"),
 )

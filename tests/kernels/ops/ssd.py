@@ -36,5 +36,5 @@ OP = Op(
     by_token=frozenset({"x", "dt", "B", "C"}),
     output_shape=(H, P),
     loud=frozenset({"x"}),
-    fast=("xla", "tpu"),
+    fast=("xla", "tpu", "gpu"),
 )
