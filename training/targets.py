@@ -1,8 +1,11 @@
 """Chips that programs can be compiled for, present or not."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
@@ -52,3 +55,14 @@ def mesh(target: str, devices: int = 1) -> Mesh:
 
     topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[target].topology)
     return Mesh(np.array(topology.devices[:devices]), ("data",), axis_types=(AxisType.Auto,))
+
+
+@contextlib.contextmanager
+def uncached() -> Iterator[None]:
+    """Around compilations for chips that are not here: the persistent cache writes these programs, but cannot read them."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)

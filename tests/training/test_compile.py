@@ -74,5 +74,6 @@ def test_a_training_step_compiles_for_four_chips(name):
     experiment = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, vocab_size=257))
     devices = targets.mesh("v5e", 4).devices.reshape(2, 1, 2)
     mesh = Mesh(devices, ("data", "fsdp", "tensor"), axis_types=targets.mesh("v5e").axis_types * 3)
-    text = lower_step(experiment, mesh).as_text() or ""
+    with targets.uncached():
+        text = lower_step(experiment, mesh).as_text() or ""
     assert ("tpu_custom_call" in text) == (name != "transformer")

@@ -47,7 +47,7 @@ def compile_for(target: str, make: Callable[[], tuple[Callable[..., Any], Sequen
 
     mesh = targets.mesh(target, devices)
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), targets.uncached():
         function, arguments = make()
         placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), arguments)
         return jax.jit(function).lower(*placed).compile()
