@@ -59,7 +59,7 @@ def mesh(target: str, devices: int = 1) -> Mesh:
 
 @contextlib.contextmanager
 def uncached() -> Iterator[None]:
-    """Around compilations for chips that are not here: the persistent cache writes these programs, but cannot read them."""
+    """Around compilations for chips that are not here, whose programs the persistent cache can write but not read."""
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     try:
