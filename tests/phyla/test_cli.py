@@ -71,7 +71,7 @@ def test_train_help_lists_experiments_and_fields(capsys):
         (["compare", "--seeds", "two"], "phyla compare: --seeds must be an integer, not 'two'"),
         (["evaluate"], "phyla evaluate: RUN must be given"),
         (["generate", "runs/x"], "phyla generate: give at least one prompt"),
-        (["bench", "scna"], "phyla bench: no {scan,models} 'scna'; nearest: scan"),
+        (["bench", "scna"], "phyla bench: no {scan,models,kernels} 'scna'; nearest: scan"),
         (["bench", "scan", "mamba"], "phyla bench: bench scan takes no names; bench models does"),
         (["bench", "models", "lama"], "phyla bench: no architecture 'lama'; nearest: llama"),
         (["bench", "models", "--rounds", "0"], "phyla bench: --rounds must be at least 1, not 0"),
