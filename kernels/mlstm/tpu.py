@@ -5,7 +5,7 @@ The mathematics is that of xla.py. Three kernels. `mlstm_stabiliser` finds m of 
 a chunk read one block of what its gates come down to (tpu_chunk.py); nothing of the size [L, L] leaves the chip, or is
 there at once: it is made and used in tiles of 128 tokens that wrote and 128 that read.
 
-Heads are beside each other in the lanes, [B, T, H K], as a projection leaves them. Arrays that lie otherwise are copied.
+Heads are beside each other in the lanes, [B, T, H K], as a projection leaves them; what lies otherwise is copied.
 
 Beside inputs, outputs and gradients, a head keeps for the backward pass, a token, (K V itemsize + 4 K) / L bytes (the
 memory at the start of every chunk, C in the dtype of the inputs) and 32 bytes of gates; the backward pass itself makes
