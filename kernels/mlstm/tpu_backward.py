@@ -157,10 +157,11 @@ def _read_tile(chunk, t, q, k, v, dh, C, n, normalise, epsilon) -> _Tile:
     norm = slope = along = d_norm = jnp.zeros((len(q), 1))
     d_read = dh
     if normalise:
-        read = _sum(sum(product)) + chunks.times(start, _sum(q_wide * n))
-        norm, slope = chunk.norm(t, read, epsilon)
-        norm = 1 / norm
-        d_read = (dh.astype(jnp.float32) * norm).astype(q.dtype)
+        read = chunks.sums(dot, jnp.concatenate([p.astype(q.dtype) for p in product], 1))
+        norm, slope = chunk.norm(t, read + chunks.times(start, chunks.sums(dot, q, n)), epsilon)
+        norm = chunks.inverse(norm, q.dtype)
+        d_read = (dh.astype(jnp.float32) * chunks.wide(norm, dh.shape[1])).astype(q.dtype)
+        norm, slope = norm[:, :1], slope[:, :1]
     d_between, dq_start = [dot(d_read, v[s], 1, 1) for s in earlier], dot(d_read, C, 1, 1)
     if normalise:  # what is divided by is read like one more column of v, all ones
         along = _sum(sum(jnp.where(b > 0, p * d, 0) for b, p, d in zip(between, product, d_between, strict=True)))

@@ -172,6 +172,29 @@ def dot(dtype, a, b, a_dim, b_dim):
     return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
+def sums(dot, x, weights=1.0):
+    """Of the rows of x, times weights [1, size], in all lanes.
+
+    By the matrix unit in bfloat16, unless heads are so large that the vector units wait for it.
+    """
+    if x.dtype == jnp.float32 or x.shape[1] > 256:
+        return jnp.broadcast_to(jnp.sum(x.astype(jnp.float32) * weights, 1, keepdims=True), (len(x), LANES))
+    return dot(x, jnp.broadcast_to(jnp.asarray(weights), (LANES, x.shape[1])), 1, 1)
+
+
+def wide(x, size):
+    """[L, 128], the same in all lanes, to [L, size]."""
+    return jnp.concatenate([x] * (size // LANES), 1)
+
+
+def inverse(x, dtype):
+    """1 / x, to about 16 bits where all that it multiplies is rounded to bfloat16."""
+    if dtype == jnp.float32:
+        return 1 / x
+    guess = pltpu.reciprocal(x, approx=True)
+    return guess * (2 - x * guess)
+
+
 def times(decay, x):
     """decay · x, and 0 where nothing is left, whatever x was: another document's may have overflowed."""
     return jnp.where(decay > 0, decay * x, 0)
