@@ -210,35 +210,35 @@ def _kernel(scale, normalise, epsilon, q_ref, k_ref, v_ref, gates_ref, C0_ref, n
 
     heads, K, V = C_ref.shape[1:]
     dot = functools.partial(chunks.dot, q_ref.dtype)
-    each = [chunks.Chunk(gates_ref[0, r, 0], scale) for r in range(heads)]
-    keys, values = ([slice(r * size, (r + 1) * size) for r in range(heads)] for size in (K, V))
-    tiles = [(r, t) for t in each[0].tiles for r in range(heads)]
-    # All heads' first step, then all heads' second: what a product is waited for is another head's time.
-    products = {
-        (r, t): [
-            chunks.times(each[r].between(t, s), dot(q_ref[0, t, keys[r]], k_ref[0, s, keys[r]], 1, 1))
-            for s in each[r].tiles
-            if s.start <= t.start
-        ]
-        for r, t in tiles
-    }
-    memories = [C_ref[0, r].astype(q_ref.dtype) for r in range(heads)]
-    for starts_ref, memory in zip(starts, (memories, [n_ref[0, r] for r in range(heads)]), strict=False):
-        for r in range(heads):
-            starts_ref[0, r, 0] = memory[r]
-    for r, t in tiles:
-        q, start = q_ref[0, t, keys[r]], each[r].read_start[t]
-        product = jnp.concatenate([p.astype(q.dtype) for p in products[r, t]], 1)
-        read = dot(product, v_ref[0, : t.stop, values[r]], 1, 0) + chunks.times(start, dot(q, memories[r], 1, 0))
-        if normalise:
-            read_n = chunks.sums(dot, product) + chunks.times(start, chunks.sums(dot, q, n_ref[0, r]))
-            norm, _ = each[r].norm(t, read_n, epsilon)
-            read *= chunks.wide(chunks.inverse(norm, q.dtype), V)
-        h_ref[0, t, values[r]] = read.astype(h_ref.dtype)
-    for r, chunk in enumerate(each):
-        written = chunk.to_end * k_ref[0, :, keys[r]].astype(jnp.float32)
-        C_ref[0, r] = chunks.times(chunk.whole, C_ref[0, r]) + dot(written, v_ref[0, :, values[r]], 0, 0)
-        n_ref[0, r] = chunks.times(chunk.whole, n_ref[0, r]) + jnp.sum(written, 0, keepdims=True)
+
+    def head(r):
+        keys, values = slice(r * K, (r + 1) * K), slice(r * V, (r + 1) * V)
+        k, v = k_ref[0, :, keys], v_ref[0, :, values]
+        C, n = C_ref[0, r], n_ref[0, r]
+        C_ = C.astype(q_ref.dtype)
+        for starts_ref, start in zip(starts, (C_, n), strict=False):
+            starts_ref[0, r, 0] = start
+        chunk = chunks.Chunk(gates_ref[0, r, 0], scale)
+        for t in chunk.tiles:
+            q, start = q_ref[0, t, keys], chunk.read_start[t]
+            earlier = [s for s in chunk.tiles if s.start <= t.start]
+            product = [chunks.times(chunk.between(t, s), dot(q, k[s], 1, 1)) for s in earlier]
+            yield
+            product = jnp.concatenate([p.astype(q.dtype) for p in product], 1)
+            read = dot(product, v[: t.stop], 1, 0) + chunks.times(start, dot(q, C_, 1, 0))
+            if normalise:
+                read_n = chunks.sums(dot, product) + chunks.times(start, chunks.sums(dot, q, n))
+                yield
+                norm, _ = chunk.norm(t, read_n, epsilon)
+                read *= chunks.wide(chunks.inverse(norm, q.dtype), V)
+            h_ref[0, t, values] = read.astype(h_ref.dtype)
+            yield
+        written = chunk.to_end * k.astype(jnp.float32)
+        C_ref[0, r] = chunks.times(chunk.whole, C) + dot(written, v, 0, 0)
+        n_ref[0, r] = chunks.times(chunk.whole, n) + jnp.sum(written, 0, keepdims=True)
+        yield
+
+    chunks.in_turns(head, heads)
 
 
 def _by_head(gate_BxTxH, L, padding):

@@ -5,6 +5,7 @@ the memory, formed anyway, give dh · h.
 """
 
 import functools
+from collections.abc import Generator
 from typing import NamedTuple
 
 import jax
@@ -84,7 +85,8 @@ def _kernel(
     heads, K, V = dC_ref.shape[1:]
     dtype = q_ref.dtype
     dot = functools.partial(chunks.dot, dtype)
-    for r in range(heads):
+
+    def head(r):
         keys, values = slice(r * K, (r + 1) * K), slice(r * V, (r + 1) * V)
         k, v = k_ref[0, :, keys], v_ref[0, :, values]
         C, n = C_start_ref[0, r, 0], n_start_ref[0, r, 0]
@@ -92,13 +94,17 @@ def _kernel(
         chunk = chunks.Chunk(gates_ref[0, r, 0], scale)
         tiles: list[_Tile] = []
         for t in chunk.tiles:
-            tile = _read_tile(chunk, t, q_ref[0, t, keys], k, v, dh_ref[0, t, values], C, n, normalise, epsilon)
+            tile = yield from _read_tile(
+                chunk, t, q_ref[0, t, keys], k, v, dh_ref[0, t, values], C, n, normalise, epsilon
+            )
             later = jnp.concatenate([d.astype(dtype) for d in tile.d_product], 1)
             dq_ref[0, t, keys] = (dot(later, k[: t.stop], 1, 0) + tile.dq_start).astype(dq_ref.dtype)
             tiles.append(tile)
+            yield
         dC_ = dC.astype(dtype)
         dk_end = chunks.times(chunk.to_end, dot(v, dC_, 1, 1) + dn)
         dv_end = chunks.times(chunk.to_end, dot(k, dC_, 1, 0))
+        yield
         kept = _sum(k.astype(jnp.float32) * dk_end)  # by the memory at the end, of each token
         for at, s in enumerate(chunk.tiles):
             q, d_read = (jnp.concatenate(x) for x in zip(*((tile.q, tile.d_read) for tile in tiles[at:]), strict=True))
@@ -108,6 +114,7 @@ def _kernel(
             )
             dk_ref[0, s, keys] = (dot(d_product, q, 0, 0) + dk_end[s]).astype(dk_ref.dtype)
             dv_ref[0, s, values] = (dot(product, d_read, 0, 0) + dv_end[s]).astype(dv_ref.dtype)
+            yield
 
         whole = jnp.sum(chunks.times(chunk.whole, dC * C.astype(jnp.float32))) + jnp.sum(
             chunks.times(chunk.whole, dn * n)
@@ -124,6 +131,7 @@ def _kernel(
             dm_ref[r : r + 1] = through[:, :1]
         d_gates_ref[0, r, 0:1] = di
         d_gates_ref[0, r, 1:2] = d_log_f
+        yield
 
         q, d_read = (jnp.concatenate(x) for x in zip(*((tile.q, tile.d_read) for tile in tiles), strict=True))
         q_wide = q.astype(jnp.float32)
@@ -132,6 +140,8 @@ def _kernel(
         if normalise:
             d_norm = jnp.concatenate([tile.d_norm for tile in tiles])
             dn_ref[0, r] += _sum(chunks.times(chunk.read_start, q_wide * d_norm), 0)
+
+    chunks.in_turns(head, heads)
 
 
 class _Tile(NamedTuple):
@@ -148,12 +158,13 @@ class _Tile(NamedTuple):
     passed_start: jax.Array  # gradient of the logarithm of what is left of that memory, [t, 1]
 
 
-def _read_tile(chunk, t, q, k, v, dh, C, n, normalise, epsilon) -> _Tile:
+def _read_tile(chunk, t, q, k, v, dh, C, n, normalise, epsilon) -> Generator[None, None, _Tile]:
     dot = functools.partial(chunks.dot, q.dtype)
     q_wide, start = q.astype(jnp.float32), chunk.read_start[t]
     earlier = [s for s in chunk.tiles if s.start <= t.start]
     between = [chunk.between(t, s) for s in earlier]
     product = [chunks.times(b, dot(q, k[s], 1, 1)) for b, s in zip(between, earlier, strict=True)]
+    yield
     norm = slope = along = d_norm = jnp.zeros((len(q), 1))
     d_read = dh
     if normalise:
@@ -163,6 +174,7 @@ def _read_tile(chunk, t, q, k, v, dh, C, n, normalise, epsilon) -> _Tile:
         d_read = (dh.astype(jnp.float32) * chunks.wide(norm, dh.shape[1])).astype(q.dtype)
         norm, slope = norm[:, :1], slope[:, :1]
     d_between, dq_start = [dot(d_read, v[s], 1, 1) for s in earlier], dot(d_read, C, 1, 1)
+    yield
     if normalise:  # what is divided by is read like one more column of v, all ones
         along = _sum(sum(jnp.where(b > 0, p * d, 0) for b, p, d in zip(between, product, d_between, strict=True)))
         along = (along + chunks.times(start, _sum(q_wide * dq_start))) * norm

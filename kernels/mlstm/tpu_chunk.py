@@ -1,5 +1,7 @@
 """What the mLSTM's forward and backward kernels for TPU share: their blocks, and the decays of a chunk."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -162,6 +164,12 @@ class Chunk:
         least = self.least[t]
         slope = jnp.where(jnp.abs(read) >= least, jnp.sign(read), 0)
         return jnp.maximum(jnp.abs(read), least) + epsilon, slope
+
+
+def in_turns(head, heads):
+    """Each head's program, a generator, up to its next `yield`, and again: one's products take the time of others'."""
+    for _ in itertools.zip_longest(*map(head, range(heads))):
+        pass
 
 
 def dot(dtype, a, b, a_dim, b_dim):
