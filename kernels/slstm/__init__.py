@@ -7,9 +7,10 @@ from phyla.kernels.arguments import align, check
 from phyla.kernels.dispatch import resolve
 from phyla.kernels.segments import starts
 from phyla.kernels.slstm.reference import slstm_reference
+from phyla.kernels.slstm.tpu import slstm_tpu
 from phyla.kernels.slstm.xla import slstm_xla
 
-IMPLEMENTATIONS = {"reference": slstm_reference, "xla": slstm_xla}
+IMPLEMENTATIONS = {"reference": slstm_reference, "xla": slstm_xla, "tpu": slstm_tpu}
 
 State = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
@@ -49,7 +50,7 @@ def slstm(
             Where n is 0 nothing has been seen, and m counts as -inf. It belongs to the first token's segment.
         segment_ids: integers, [B, T]; the state is zero at the start of every token whose id differs from that of
             the token before it.
-        implementation: "reference", "xla" or None, the best for the backend.
+        implementation: "reference", "xla", "tpu" or None, the best for the backend.
 
     Returns:
         h, [B, T, H, P] in the dtype of i, and the state after the last token, float32 as `initial_state`.

@@ -35,7 +35,7 @@ def _decode(gates, R, bias, state):
         gate[:, 0].astype(jnp.float32) + jnp.swapaxes(recurrent, 0, 1) + b
         for gate, recurrent, b in zip(gates, recurrent_GxHxBxP, bias.astype(jnp.float32), strict=True)
     )
-    (c, n, m), _ = _advance((c, n, _stabiliser(n, m)), i, _log_sigmoid(f), jnp.tanh(z))
+    (c, n, m), _ = advance((c, n, stabiliser(n, m)), i, log_sigmoid(f), jnp.tanh(z))
     h = jax.nn.sigmoid(o) * c / n
     return h[:, None].astype(gates[0].dtype), (c, n, h, m)
 
@@ -53,7 +53,7 @@ def _forward(gates, R, bias, initial_state, resets):
         gates, reset_Bx1 = inputs
         h_HxBxP = _where_reset(reset_Bx1, 0, h_HxBxP)
         i, f, z, o = _add(gates, h_HxBxP @ R_HxPxF)
-        cell, _ = _advance(_begin(cell, reset_Bx1), i, _log_sigmoid(f), jnp.tanh(z))
+        cell, _ = advance(_begin(cell, reset_Bx1), i, log_sigmoid(f), jnp.tanh(z))
         h_HxBxP = jax.nn.sigmoid(o) * cell[0] / cell[1]
         return (cell, h_HxBxP), h_HxBxP
 
@@ -63,7 +63,7 @@ def _forward(gates, R, bias, initial_state, resets):
 
     c, n, h, m = _heads_first(initial_state)
     inputs = _gate_chunks(gates, bias), _chunks(_by_time(resets))
-    ((c, n, m), _), (h_KxLxHxBxP, cells) = jax.lax.scan(chunk, ((c, n, _stabiliser(n, m)), h), inputs)
+    ((c, n, m), _), (h_KxLxHxBxP, cells) = jax.lax.scan(chunk, ((c, n, stabiliser(n, m)), h), inputs)
     h_TxHxBxP = _tokens(h_KxLxHxBxP, gates[0])
     final_state = tuple(_heads_first((c, n, h_TxHxBxP[-1], m)))
     return (_batch_first(h_TxHxBxP, gates[0]), final_state), (
@@ -95,7 +95,7 @@ def _backward(saved, cotangents):
     def recompute(cell, inputs):
         *inputs, reset_Bx1 = inputs
         c, n, _ = cell
-        cell, (keep, write) = _advance(_begin(cell, reset_Bx1), *inputs)
+        cell, (keep, write) = advance(_begin(cell, reset_Bx1), *inputs)
         return cell, (c, n, *cell[:2], keep, write)
 
     def step(carry, inputs):
@@ -118,7 +118,7 @@ def _backward(saved, cotangents):
         gates, before_LxHxBxP, dy_LxHxBxP, resets_LxBx1, cell = inputs
         i, f, z, o = _add(gates, jnp.einsum("lhbp,hpf->lhbf", before_LxHxBxP, R_HxPxF))
         tanh_z = jnp.tanh(z)
-        _, cells = jax.lax.scan(recompute, cell, (i, _log_sigmoid(f), tanh_z, resets_LxBx1))
+        _, cells = jax.lax.scan(recompute, cell, (i, log_sigmoid(f), tanh_z, resets_LxBx1))
         inputs = cells, f, tanh_z, jax.nn.sigmoid(o), dy_LxHxBxP, resets_LxBx1
         return jax.lax.scan(step, carry, inputs, reverse=True)
 
@@ -140,7 +140,7 @@ def _backward(saved, cotangents):
 _scan.defvjp(_forward, _backward)
 
 
-def _advance(cell, i, log_f, tanh_z):
+def advance(cell, i, log_f, tanh_z):
     """The cell after one token, and what it kept and wrote: one of the two is 1."""
     c, n, m = cell
     decay = log_f + m
@@ -159,11 +159,13 @@ def _where_reset(reset_Bx1, value, x_HxBxP):
     return x_HxBxP if reset_Bx1 is None else jnp.where(reset_Bx1, value, x_HxBxP)
 
 
-def _stabiliser(n, m):
+def stabiliser(n, m):
+    """-inf where nothing has been seen, else m."""
     return jnp.where(n == 0, -jnp.inf, m)
 
 
-def _log_sigmoid(x):
+def log_sigmoid(x):
+    """log σ(x), without overflow."""
     return jnp.minimum(x, 0) - jnp.log1p(jnp.exp(-jnp.abs(x)))
 
 

@@ -5,11 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from phyla.kernels.slstm import slstm
+from phyla.kernels.dispatch import Unfit
+from phyla.kernels.segments import starts
+from phyla.kernels.slstm import slstm, tpu_blocks
+from phyla.kernels.slstm.tpu import slstm_tpu
 from phyla.kernels.slstm.xla import CHUNK
+from phyla.training import targets
+from tests.kernels.chip import temporaries
 from tests.kernels.ops.slstm import H, P, draw, draw_state
 
 IMPLEMENTATIONS = ["reference", "xla"]
+WITH_KERNEL = [*IMPLEMENTATIONS, "tpu"]
 
 
 def call(gates, R, bias, state=None, **options):
@@ -24,7 +30,7 @@ def arguments(B, T, seed=0):
     return tuple(drawn[name] for name in "ifzo"), drawn["R"], drawn["bias"], state
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, pytest.param("tpu", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("extreme", [1e3, 3e38])
 def test_finite_at_the_edges_of_the_range(implementation, extreme):
     """Gates of either sign, beyond what any exp can hold; |h| <= 1 whatever they are."""
@@ -67,7 +73,7 @@ def test_states_in_other_units_are_the_same_state():
     assert np.abs(dm).max() > 1e-3
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", WITH_KERNEL)
 def test_the_recurrence_starts_afresh_too(implementation):
     """A large R makes a leak of h from one document into the next loud."""
     gates, R, bias, _ = arguments(1, 9)
@@ -119,3 +125,52 @@ def test_xla_refuses_float64():
         gates, R, bias = (jnp.zeros((1, 2, H, P), float),) * 4, jnp.zeros((4, H, P, P)), jnp.zeros((4, H, P))
         with pytest.raises(ValueError, match=r"'xla' computes in float32.*use 'reference'"):
             call(gates, R, bias, implementation="xla")
+
+
+def kernel(gates, R, bias, state, segment_ids):
+    i, f, z, o = gates
+    return slstm_tpu(i, f, z, o, R, bias, state, starts(segment_ids), rows=16)
+
+
+def test_the_kernel_over_blocks_of_the_batch_heads_and_time(monkeypatch):
+    """Blocks that none of the suite's sizes fill: two of the batch, each head its own, three chunks, the last short."""
+    monkeypatch.setattr(tpu_blocks, "BATCH", 8)
+    monkeypatch.setattr(tpu_blocks, "VMEM", 2 << 20)
+    gates, R, bias, state = arguments(9, 5)
+    sizes = tpu_blocks.Sizes.of(gates[0], jnp.float32, 16, True)
+    assert (sizes.padded_B // sizes.rows, sizes.heads, sizes.N) == (2, 1, 3)
+    segment_ids = jnp.arange(45).reshape(9, 5) // 7
+
+    def both(run):
+        outputs, vjp = jax.vjp(lambda *a: run(*a, segment_ids), gates, R, bias, state)
+        return outputs, vjp(jax.tree.map(jnp.sin, outputs))
+
+    found = both(kernel)
+    wanted = both(lambda *a: call(*a[:4], segment_ids=a[4], implementation="xla"))
+    for leaf, right in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(leaf, right, rtol=1e-4, atol=1e-5 * np.abs(right).max())
+
+
+def test_heads_that_do_not_fit_run_elsewhere():
+    """Asked for by name, the kernel raises; chosen for its chip, it steps aside and says why."""
+    P = 2048
+    gates = (jax.ShapeDtypeStruct((1, 8, 1, P), jnp.float32),) * 4
+    rest = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((4, 1, P, P), (4, 1, P))]
+    with pytest.raises(Unfit, match="heads of 2048 cells need more than 56 MB of VMEM"):
+        jax.eval_shape(lambda *a: call(*a, implementation="tpu"), gates, *rest)
+    with jax.set_mesh(targets.mesh("v5e")), pytest.warns(UserWarning, match="slstm: no tpu kernel fits, so xla runs"):
+        jax.eval_shape(call, gates, *rest)
+
+
+def test_memory_of_a_training_step_with_the_kernel():
+    """Beside arguments and gradients: gates and their gradients by time, h and dh, and the states of chunks' starts."""
+    B, T, H, P = 8, 8192, 4, 256  # so many that they do not stay on the chip
+    gates = (jax.ShapeDtypeStruct((B, T, H, P), jnp.bfloat16),) * 4
+    rest = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((4, H, P, P), (4, H, P))]
+
+    def loss(gates, R, bias):
+        return jnp.sum(call(gates, R, bias)[0].astype(jnp.float32) ** 2)
+
+    starts_of_chunks = 16 * H * P * B * T // (tpu_blocks.ROWS // B)
+    used = temporaries(jax.grad(loss, argnums=(0, 1, 2)), gates, *rest)
+    assert used < 10 * 2 * B * T * H * P + starts_of_chunks + 32 * H * P * P
