@@ -13,6 +13,7 @@ from phyla.kernels import gpu
 from phyla.kernels.dispatch import Unfit
 from phyla.kernels.mlstm import mlstm
 from phyla.kernels.selective_scan import selective_scan
+from phyla.kernels.slstm import slstm
 from phyla.kernels.ssd import ssd
 from phyla.kernels.wkv7 import wkv7
 from tests.kernels.ops import OPS
@@ -70,6 +71,11 @@ PROBLEMS = {
     "mlstm": Problem(
         mlstm,
         dict.fromkeys("qkv", ((B, T, 16, 128), True)) | dict.fromkeys("if", ((B, T, 16), False)),
+        chips=("h100",),
+    ),
+    "slstm": Problem(
+        slstm,
+        dict.fromkeys("ifzo", ((B, T, 4, 64), True)) | {"R": ((4, 4, 64, 64), False), "bias": ((4, 4, 64), False)},
         chips=("h100",),
     ),
     "wkv7": Problem(
