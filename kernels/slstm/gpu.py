@@ -1,12 +1,12 @@
 """sLSTM for Hopper: one thread block runs the time of one head for eight rows of the batch.
 
-The recurrent matrices are in shared memory and the state in registers for the whole sequence: a token is four products
-[P, P] x [P, 8] on the matrix unit, and arithmetic on [P, 8] cells. Time is bound by the latency of a token, not by any
-unit. A float32 is three parts of bfloat16, as in gpu_attention.py.
+The recurrent matrices are in shared memory and the state in registers for the whole sequence: a token is one product
+[4 P, P] x [P, 8] on the matrix unit, and arithmetic on [P, 8] cells. Time is bound by the latency of a token, not by
+any unit. A float32 is three parts of bfloat16, as in gpu_attention.py.
 
 Backward, the gates of all tokens come from one product over all of time in XLA, since the forward pass wrote every h,
 and so do the gradients of R and the bias. What is left for the kernel are the cells, computed again 4 tokens at a time
-from those before them (kept: 3 bytes a token and cell), and the sweep back with four products a token.
+from those before them (kept: 3 bytes a token and cell), and the sweep back, a product [P, 4 P] x [4 P, 8] a token.
 """
 
 import functools
@@ -96,7 +96,7 @@ def _run_forward(i, f, z, o, R, bias, c, n, h, m, resets):
     chunks, width = tokens.shape[2] // CHUNK, tokens.shape[4]
 
     def body(*refs):
-        tokens_ref, R_ref, state_ref, *resets_refs, y_ref, end_ref, cells_ref, R_s, h_s = refs
+        tokens_ref, R_ref, state_ref, *resets_refs, y_ref, end_ref, cells_ref, R_s, h_s, recurrent_s = refs
         b, head = jax.lax.axis_index("b"), jax.lax.axis_index("h")
         _put_connections(R_s, R_ref, head)
 
@@ -110,8 +110,10 @@ def _run_forward(i, f, z, o, R, bias, c, n, h, m, resets):
                 cell, h = _begin(cell, h, resets_refs, b, t, width)
                 put(turn(h_s), h)
                 plgpu.commit_smem()
+                store(recurrent_s, product(turn(R_s), turn(h_s)))
                 i, f, z, o = (
-                    load(tokens_ref.at[b, head, t, g], SQUARE) + product(turn(R_s[g]), turn(h_s)) for g in range(4)
+                    load(tokens_ref.at[b, head, t, g], SQUARE) + load(recurrent_s.at[_gate(g, width)], SQUARE)
+                    for g in range(4)
                 )
                 cell, _ = advance(cell, i, _log_sigmoid(f), jnp.tanh(z))
                 h = _sigmoid(o) * cell[0] / cell[1]
@@ -133,7 +135,8 @@ def _run_forward(i, f, z, o, R, bias, c, n, h, m, resets):
         shape((batches, H, 3, *tile)),
         shape((batches, H, chunks, 3, *tile)),
     )
-    y, end, cells = _call("slstm_forward", body, out, (tokens, _connections(R), state, resets), dtype)
+    scratch = operand(ROWS, width, dtype), plgpu.SMEM((4 * width, ROWS), jnp.float32)
+    y, end, cells = _call("slstm_forward", body, out, (tokens, _connections(R), state, resets), dtype, scratch)
     c, n, m = (_untile(end[:, :, s, None], B, P)[:, 0] for s in range(3))
     return _untile(y, B, P)[:, :T], c, n, m, cells
 
@@ -187,9 +190,9 @@ def _run_backward(i, f, z, o, dy, R, cells, dc, dn, dm, resets):
                 df = (keep * (dc * c_before + dn * n_before) + dm) * _sigmoid(-f)
                 for g, d in enumerate((di, df, dz, do)):
                     store(d_ref.at[b, head, t, g], d)
-                    put(turn(d_s[g]), d)
+                    put([d_part.at[:, _gate(g, width)].T for d_part in d_s], d)
                 plgpu.commit_smem()
-                dh = sum((product(R_s[g], turn(d_s[g])) for g in range(1, 4)), product(R_s[0], turn(d_s[0])))
+                dh = product(R_s, turn(d_s))
                 plgpu.commit_smem()
                 _, dh = _begin((dh,) * 3, dh, resets_refs, b, t, width)
                 return dc * keep, dn * keep, dm, dh
@@ -205,14 +208,14 @@ def _run_backward(i, f, z, o, dy, R, cells, dc, dn, dm, resets):
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     out = shape(tokens.shape), shape((*tokens.shape[:2], 4, *tokens.shape[4:]))
     arguments = tokens, _connections(R), dy, cells, ends, resets
-    scratch = ([operand(ROWS, width, dtype)] * 4, plgpu.SMEM((CHUNK, 4, width, ROWS), jnp.float32))
+    scratch = (operand(ROWS, 4 * width, dtype), plgpu.SMEM((CHUNK, 4, width, ROWS), jnp.float32))
     d, start = _call("slstm_backward", body, out, arguments, dtype, scratch)
     d_gates = (_untile(d[:, :, :, g], B, P)[:, :T] for g in range(4))
     dc, dn, dm, dh = (_untile(start[:, :, s, None], B, P)[:, 0] for s in range(4))
     return *d_gates, dc, dn, dh, dm
 
 
-def _call(name, body, out, arguments, dtype, scratch=None):
+def _call(name, body, out, arguments, dtype, scratch):
     """One thread block for every head and eight rows of the batch."""
     tokens = arguments[0]
     batches, H, T, _, P, _ = tokens.shape
@@ -225,7 +228,7 @@ def _call(name, body, out, arguments, dtype, scratch=None):
         grid=(batches, H),
         grid_names=("b", "h"),
         kernel_name=name,
-        scratch_types=([operand(P, P, dtype)] * 4, *(scratch or (operand(ROWS, P, dtype),))),
+        scratch_types=(operand(P, 4 * P, dtype), *scratch),
         cost_estimate=pl.CostEstimate(
             flops=batches * H * T * 8 * P * P * ROWS, transcendentals=2 * tokens.size, bytes_accessed=moved
         ),
@@ -233,9 +236,14 @@ def _call(name, body, out, arguments, dtype, scratch=None):
 
 
 def _put_connections(R_s, R_ref, head):
-    for g, refs in enumerate(R_s):
-        put(refs, load(R_ref.at[g, head], SQUARE))
+    for g in range(4):
+        put([R_part.at[:, _gate(g, R_ref.shape[2])] for R_part in R_s], load(R_ref.at[g, head], SQUARE))
     plgpu.commit_smem()
+
+
+def _gate(g, width):
+    """Its place among the four, side by side."""
+    return pl.ds(g * width, width)
 
 
 def _begin(cell, h, resets_refs, b, t, width):
