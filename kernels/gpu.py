@@ -122,6 +122,11 @@ def rows(v: jax.Array, height: int) -> jax.Array:
     return jax.lax.broadcast_in_dim(v, (height, v.shape[0]), (1,))
 
 
+def reset(v: jax.Array, resets_ref: Any, *at: Any) -> jax.Array:
+    """Zeros if the integer in GMEM is not 0; `v` if it is, or there are none (None)."""
+    return v if resets_ref is None else jnp.where(jnp.broadcast_to(resets_ref[at], v.shape) != 0, 0.0, v)
+
+
 def pad(v: jax.Array, *multiples: int) -> jax.Array:
     """Zeros at the end: axis, multiple, axis, multiple, ..."""
     widths = [(0, 0)] * v.ndim

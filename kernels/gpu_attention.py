@@ -46,6 +46,11 @@ def fit(op: str, K: int) -> None:
     """Raise `Unfit` where there is no such kernel."""
     if K > KEYS:
         raise Unfit(f"the keys of {op} have {K} numbers, and the registers hold at most {KEYS}")
+    fit_chip(op)
+
+
+def fit_chip(op: str) -> None:
+    """Raise `Unfit` where there is no `wgmma`."""
     if gpu.capability() not in (None, "9.0"):
         raise Unfit(f"{op} multiplies with wgmma, which compute capability 9.0 has and {gpu.capability()} has not")
 
@@ -134,8 +139,8 @@ def _run_forward(q, k, v, gates, state, *, save):
         S = jax.lax.fori_loop(0, T // CHUNK, chunk, load(state_ref.at[b, h, block], SQUARE))
         store(end_ref.at[b, h, block], S)
 
-    shape, parts = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32), _parts(v)
-    scratch = *(_smem(CHUNK, n, parts) for n in (K, K, CHUNK, CHUNK, K)), plgpu.SMEM((3, CHUNK), jnp.float32)
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    scratch = *(operand(CHUNK, n, v.dtype) for n in (K, K, CHUNK, CHUNK, K)), plgpu.SMEM((3, CHUNK), jnp.float32)
     out = shape(v.shape), shape(state.shape), shape((B, T // CHUNK if save else 1, H, V, K))
     flops = 2 * B * H * T * V * (CHUNK + 2 * K) + 2 * B * H * T * CHUNK * K * (V // CHUNK)
     return _call("attention_forward", body, out, (q, k, v, gates, state), scratch, flops)
@@ -209,11 +214,11 @@ def _run_backward(q, k, v, gates, states, do, d_end):
         dS = jax.lax.fori_loop(0, last + 1, chunk, load(d_end_ref.at[b, h, block], SQUARE))
         store(d_start_ref.at[b, h, block], dS)
 
-    shape, parts = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32), _parts(v)
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     wide = shape((B, V // CHUNK, T, H, K))
     out = wide, wide, shape(v.shape), shape((B, V // CHUNK, 4, H, T)), shape(states.shape[:4]), shape(d_end.shape)
-    scratch = tuple(_smem(CHUNK, n, parts) for n in (K, K, CHUNK, CHUNK, CHUNK, K))
-    scratch += _smem(CHUNK, CHUNK, 1), plgpu.SMEM((3, CHUNK), jnp.float32)
+    scratch = tuple(operand(CHUNK, n, v.dtype) for n in (K, K, CHUNK, CHUNK, CHUNK, K))
+    scratch += operand(CHUNK, CHUNK, jnp.bfloat16), plgpu.SMEM((3, CHUNK), jnp.float32)
     flops = 2 * B * H * T * V * (3 * CHUNK + 4 * K) + 2 * B * H * T * CHUNK * 3 * K * (V // CHUNK)
     return _call("attention_backward", body, out, (q, k, v, gates, states, do, d_end), scratch, flops)
 
@@ -263,13 +268,14 @@ def _dims(q):
     return "B T G K" if q.shape[2] == 1 else "B T H K"
 
 
-def _parts(v):
-    return 1 if v.dtype == jnp.bfloat16 else 3
+def parts(dtype):
+    """How many bfloat16 make an operand of products that is exact enough for numbers of this dtype."""
+    return 1 if dtype == jnp.bfloat16 else 3
 
 
-def _smem(rows, columns, parts):
-    """An operand of products, in parts."""
-    return [plgpu.SMEM((rows, columns), jnp.bfloat16)] * parts
+def operand(rows, columns, dtype):
+    """SMEM for an operand of products, in parts."""
+    return [plgpu.SMEM((rows, columns), jnp.bfloat16)] * parts(dtype)
 
 
 def _call(name, body, out, arguments, scratch, flops):
@@ -292,7 +298,7 @@ def put(refs, v):
     """Write float32 registers to SMEM, in as many bfloat16 parts as there are Refs."""
     for ref in refs:
         part = v.astype(jnp.bfloat16)
-        ref[...] = part
+        plgpu.store(ref, part, optimized=False)
         v = v - part.astype(jnp.float32)
 
 

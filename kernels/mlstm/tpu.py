@@ -1,8 +1,11 @@
-"""mLSTM for TPU: one chunk of time of one head at a time, the memory of the head in VMEM.
+"""mLSTM for TPU: one chunk of time of a few heads at a time, the memory of the heads in VMEM.
 
 The mathematics is that of xla.py. Three kernels. `mlstm_stabiliser` finds m of all tokens. `mlstm_forward` and
-`mlstm_backward` (tpu_backward.py) have the grid (batch, heads, chunks), the chunks one after another, and for a chunk
-read one block of what its gates come down to (tpu_chunk.py); nothing of the size [L, L] leaves the chip.
+`mlstm_backward` (tpu_backward.py) have the grid (batch, blocks of heads, chunks), the chunks one after another, and for
+a chunk read one block of what its gates come down to (tpu_chunk.py); nothing of the size [L, L] leaves the chip, or is
+there at once: it is made and used in tiles of 128 tokens that wrote and 128 that read.
+
+Heads are beside each other in the lanes, [B, T, H K], as a projection leaves them; what lies otherwise is copied.
 
 Beside inputs, outputs and gradients, a head keeps for the backward pass, a token, (K V itemsize + 4 K) / L bytes (the
 memory at the start of every chunk, C in the dtype of the inputs) and 32 bytes of gates; the backward pass itself makes
@@ -23,8 +26,10 @@ from phyla.kernels.mlstm.tpu_backward import run_backward
 from phyla.kernels.mlstm.xla import mlstm_xla
 from phyla.kernels.partition import per_device
 
-CHUNK = 256
-"""Tokens, on every chip: half as many make the products too small, twice as many make too much of them quadratic."""
+CHUNK = {128: 128, 256: 256}
+"""Tokens by the size of heads, on every chip: fewer make the memory move more often, more make more products."""
+LEAST_LOG = -110.0
+"""Of a decay: exp of it is 0. Sums of 256 such multiples of 1/256 are exact."""
 STABILISER_BLOCK = 2048
 """Tokens, of 8 heads."""
 
@@ -43,7 +48,7 @@ def mlstm_tpu(q, k, v, i, f, state, resets, gate, epsilon, *, chunk: int | None 
     if T == 1:
         return mlstm_xla(q, k, v, i, f, state, resets, gate, epsilon)
     dtype = jnp.result_type(q, k, v)
-    L = chunk or min(CHUNK, chunks.up(T, tpu.LANES))
+    L = chunk or CHUNK[128 if max(K, V) <= 128 or T <= 128 else 256]
     chunks.check_fits(L, K, V, dtype)
     i, log_f = i.astype(jnp.float32), jax.nn.log_sigmoid(f.astype(jnp.float32))
     if gate == "sigmoid":
@@ -64,13 +69,13 @@ def _attend(options, q, k, v, i, log_f, state, resets) -> tuple[jax.Array, tuple
     `options` are L, whether there is a normaliser (if not, i is a logarithm <= 0, and n and m remain as they are), and
     epsilon.
     """
-    gates, m = _gates(options, i, log_f, state[2], resets)
+    gates, m = _gates(options, q.shape[-1] ** -0.5, i, log_f, state[2], resets)
     h, C, n = _run_forward(options, False, q, k, v, gates, *state[:2])
     return h, (C, n, m)
 
 
 def _forward(options, q, k, v, i, log_f, state, resets):
-    gates, m = _gates(options, i, log_f, state[2], resets)
+    gates, m = _gates(options, q.shape[-1] ** -0.5, i, log_f, state[2], resets)
     h, C, n, *starts = _run_forward(options, True, q, k, v, gates, *state[:2])
     return (h, (C, n, m)), (q, k, v, gates, *starts, C, n)
 
@@ -87,29 +92,33 @@ def _backward(options, saved, cotangents):
 _attend.defvjp(_forward, _backward)
 
 
-def _gates(options, i_BxHxT, log_f_BxHxT, m_BxH, resets_Bx1xT):
+def _gates(options, scale, i_BxHxT, log_f_BxHxT, m_BxH, resets_Bx1xT):
     """What the gates come down to, chunk by chunk as tpu_chunk.py has it, and m after the last token."""
     L, normalise, _ = options
     resets = jnp.zeros((1, 1, 1), bool) if resets_Bx1xT is None else resets_Bx1xT
     shift = jnp.where(resets, -jnp.inf, log_f_BxHxT)
-    kept = wrote = jnp.zeros_like(shift)
-    log_weight, log_decay, m_BxHxT = i_BxHxT, log_f_BxHxT, kept
+    log_weight, log_decay, least = i_BxHxT, log_f_BxHxT, jnp.zeros_like(shift)
+    kept = wrote = jnp.zeros_like(shift, dtype=bool)
     if normalise:
         least = jnp.maximum(i_BxHxT, 0)
         m_BxHxT = _stabiliser(shift, least, m_BxH)
         before_BxHxT = jnp.concatenate([m_BxH[..., None], m_BxHxT[..., :-1]], -1)
-        kept = (shift + before_BxHxT >= least).astype(jnp.float32)
-        wrote = jnp.where(i_BxHxT >= 0, 1 - kept, 0)
+        kept = shift + before_BxHxT >= least
+        wrote = ~kept & (i_BxHxT >= 0)
         log_weight = i_BxHxT - m_BxHxT
         log_decay = log_f_BxHxT + (before_BxHxT - m_BxHxT)  # the difference first: it is exact where m hardly moves
-        m_BxH = m_BxHxT[..., -1]
-    log_decay = jnp.where(resets, 0, jnp.maximum(log_decay, -128.0))  # exp(-128) is 0; m before is another document's
+        m_BxH, least = m_BxHxT[..., -1], jnp.exp(-m_BxHxT)
+    log_decay = jnp.where(resets, LEAST_LOG, jnp.maximum(log_decay, LEAST_LOG))
     coarse = jnp.round(log_decay * 256) / 256
-    begins = jnp.broadcast_to(resets, coarse.shape).astype(jnp.float32)
-    sums = jnp.stack([coarse, log_decay - coarse, begins, 1 - kept], 2)
-    sums = jnp.cumsum(sums.reshape(*sums.shape[:3], -1, L), -1).reshape(sums.shape)
-    rows = jnp.concatenate([sums, jnp.stack([log_weight, jnp.exp(-m_BxHxT), kept, wrote], 2)], 2)
-    return jnp.moveaxis(rows.reshape(*rows.shape[:3], -1, L), 3, 2), m_BxH
+    sums = jnp.stack([coarse, log_decay - coarse, 1.0 - kept], 2)
+    sums = jnp.cumsum(sums.reshape(*sums.shape[:3], -1, L), -1)
+    coarse, fine, run = sums[:, :, 0], sums[:, :, 1], sums[:, :, 2]  # [B, H, N, L]
+    log_weight = log_weight.reshape(coarse.shape)
+    to_end = jnp.exp((coarse[..., -1:] - coarse) + (fine[..., -1:] - fine + log_weight))
+    source = log_weight + (math.log(scale) - fine)
+    origin = jnp.where(kept, 1.0, jnp.where(wrote, -1.0, 0.0))
+    rows = coarse, fine, source, jnp.exp(coarse + fine), to_end, least, run, origin
+    return jnp.stack([row.reshape(coarse.shape) for row in rows], 3), m_BxH
 
 
 def _stabiliser(shift_BxHxT, least_BxHxT, m_BxH):
@@ -192,29 +201,44 @@ def _run_forward(options, save, q, k, v, gates, C, n):
 
 
 def _kernel(scale, normalise, epsilon, q_ref, k_ref, v_ref, gates_ref, C0_ref, n0_ref, h_ref, C_ref, n_ref, *starts):
-    """The blocks of C_ref and n_ref are the head's memory while its chunks go by."""
+    """The blocks of C_ref and n_ref are the heads' memory while their chunks go by."""
 
     @pl.when(pl.program_id(2) == 0)
     def _():
         C_ref[...] = C0_ref[...]
         n_ref[...] = n0_ref[...]
 
-    q, k, v = q_ref[0], k_ref[0], v_ref[0]
-    C, n = C_ref[0, 0], n_ref[0, 0]
-    dot = functools.partial(chunks.dot, q.dtype)
-    if starts:
-        C_start_ref, n_start_ref = starts
-        C_start_ref[0, 0, 0] = C.astype(q.dtype)
-        n_start_ref[0, 0, 0] = n
-    decay = chunks.decays(gates_ref[0, 0, 0], scale)
-    product = chunks.times(decay.between, dot(q, k, 1, 1))
-    read = dot(product, v, 1, 0) + chunks.times(decay.from_start, dot(q, C, 1, 0))
-    if normalise:
-        read = read / chunks.norm(q, n, product, decay, epsilon)[0]
-    h_ref[0] = read.astype(h_ref.dtype)
-    written = decay.to_end * k.astype(jnp.float32)
-    C_ref[0, 0] = chunks.times(decay.whole, C) + dot(written, v, 0, 0)
-    n_ref[0, 0] = chunks.times(decay.whole, n) + jnp.sum(written, 0, keepdims=True)
+    heads, K, V = C_ref.shape[1:]
+    dot = functools.partial(chunks.dot, q_ref.dtype)
+
+    def head(r):
+        keys, values = slice(r * K, (r + 1) * K), slice(r * V, (r + 1) * V)
+        k, v = k_ref[0, :, keys], v_ref[0, :, values]
+        C, n = C_ref[0, r], n_ref[0, r]
+        C_ = C.astype(q_ref.dtype)
+        for starts_ref, start in zip(starts, (C_, n), strict=False):
+            starts_ref[0, r, 0] = start
+        chunk = chunks.Chunk(gates_ref[0, r, 0], scale)
+        for t in chunk.tiles:
+            q, start = q_ref[0, t, keys], chunk.read_start[t]
+            earlier = [s for s in chunk.tiles if s.start <= t.start]
+            product = [chunks.times(chunk.between(t, s), dot(q, k[s], 1, 1)) for s in earlier]
+            yield
+            product = jnp.concatenate([p.astype(q.dtype) for p in product], 1)
+            read = dot(product, v[: t.stop], 1, 0) + chunks.times(start, dot(q, C_, 1, 0))
+            if normalise:
+                read_n = chunks.sums(dot, product) + chunks.times(start, chunks.sums(dot, q, n))
+                yield
+                norm, _ = chunk.norm(t, read_n, epsilon)
+                read *= chunks.wide(chunks.inverse(norm, q.dtype), V)
+            h_ref[0, t, values] = read.astype(h_ref.dtype)
+            yield
+        written = chunk.to_end * k.astype(jnp.float32)
+        C_ref[0, r] = chunks.times(chunk.whole, C) + dot(written, v, 0, 0)
+        n_ref[0, r] = chunks.times(chunk.whole, n) + jnp.sum(written, 0, keepdims=True)
+        yield
+
+    chunks.in_turns(head, heads)
 
 
 def _by_head(gate_BxTxH, L, padding):

@@ -1,7 +1,6 @@
 """What the mLSTM's forward and backward kernels for TPU share: their blocks, and the decays of a chunk."""
 
-import math
-from typing import NamedTuple
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +12,22 @@ from phyla.kernels.tpu import LANES
 
 VMEM = 48 << 20
 """Bytes that a kernel may ask for; the least of any chip is 64 MB."""
+TILE = 128
+"""Tokens; a square of them is a fourth of the registers."""
 
-COARSE, FINE, DOCUMENT, RUN, WEIGHT, LEAST, KEPT, WROTE = range(8)
+COARSE, FINE, SOURCE, FROM_START, TO_END, LEAST, RUN, FROM = range(8)
 """Rows of the block of a chunk, [8, L].
 
 COARSE + FINE: sum of the logarithms of the decays from the chunk's start. The sums can be large and their differences
-small: their multiples of 1/256 are summed apart, which is exact. DOCUMENT: how many begin in the chunk up to the
-token. WEIGHT: logarithm of what the token is written with. LEAST: exp(-m), the least normaliser. KEPT: 1 where
-m = log f + m before, WROTE: 1 where m = i, RUN: how many tokens up to this are not KEPT.
+small: their multiples of 1/256 are summed apart, which is exact. SOURCE: logarithm of what the token is written with
+and of the scale of queries, less FINE. FROM_START: what is left of the memory at the chunk's start at the token,
+TO_END: of what the token writes at the chunk's end. LEAST: exp(-m), the least normaliser. FROM: where m comes from,
+1: from m before, -1: from i, 0: neither. RUN: how many tokens up to this are not 1 there.
 """
+
+
+HEADS = 512
+"""Lanes of the heads of a block."""
 
 
 def check_fits(L, K, V, dtype) -> None:
@@ -33,17 +39,22 @@ def check_fits(L, K, V, dtype) -> None:
         )
 
 
-def _vmem(L, K, V, itemsize):
+def _vmem(L, K, V, itemsize, heads=1):
     """Bytes, roughly: the blocks twice, and what is computed."""
-    blocks = 2 * (L * (4 * K + 3 * V) * itemsize + K * V * (itemsize + 4 + 4))
-    return blocks + 4 * (8 * L * L + 4 * L * (K + V) + 2 * K * V)
+    blocks = 2 * heads * (L * (4 * K + 3 * V) * itemsize + K * V * (itemsize + 4 + 4))
+    return blocks + 4 * heads * (8 * L * L + 4 * L * (K + V) + 2 * K * V)
+
+
+def heads_at_once(H, K, V):
+    """In one block: while one waits for its products, others work."""
+    return max(R for R in range(1, max(1, HEADS // max(K, V)) + 1) if H % R == 0)
 
 
 class Call:
     """Shapes and blocks by name, for the grid (batch, heads, chunks). Sizes of heads are grown to whole registers.
 
     "k", "v": tokens [B, N L, H K], [B, N L, H V]; "gates": [B, H, N, 8, L]; "C": [B, H, K, V], "n": [B, H, 1, K] and
-    "m": [B, H, 1, 1], one block a head; "C_start", "n_start": [B, H, N, K, V], [B, H, N, 1, K].
+    "m": [B, H, 1, 1], a block a head; "C_start", "n_start": [B, H, N, K, V], [B, H, N, 1, K].
     """
 
     def __init__(self, q, v, gates, *, reverse):
@@ -52,23 +63,24 @@ class Call:
         N, rows, L = gates.shape[2:]
         K, V = up(K, LANES), up(v.shape[-1], LANES)
         self.sizes = B, N, H, L, K, V
+        self.heads = R = heads_at_once(H, K, V)
         self.blocks = {  # shape, dtype, block; then the place of the chunk in the index, and that of the head
-            "k": ((B, N * L, H * K), q.dtype, (1, L, K), "bch"),
-            "v": ((B, N * L, H * V), q.dtype, (1, L, V), "bch"),
-            "gates": ((B, H, N, rows, L), jnp.float32, (1, 1, 1, rows, L), "bhc00"),
-            "d_gates": ((B, H, 2, N * L), jnp.float32, (1, 1, 2, L), "bh0c"),
-            "C": ((B, H, K, V), jnp.float32, (1, 1, K, V), "bh00"),
-            "n": ((B, H, 1, K), jnp.float32, (1, 1, 1, K), "bh00"),
-            "m": ((B, H, 1, 1), jnp.float32, (1, 1, 1, 1), "bh00"),
-            "C_start": ((B, H, N, K, V), q.dtype, (1, 1, 1, K, V), "bhc00"),
-            "n_start": ((B, H, N, 1, K), jnp.float32, (1, 1, 1, 1, K), "bhc00"),
+            "k": ((B, N * L, H * K), q.dtype, (1, L, R * K), "bch"),
+            "v": ((B, N * L, H * V), q.dtype, (1, L, R * V), "bch"),
+            "gates": ((B, H, N, rows, L), jnp.float32, (1, R, 1, rows, L), "bhc00"),
+            "d_gates": ((B, H, 2, N * L), jnp.float32, (1, R, 2, L), "bh0c"),
+            "C": ((B, H, K, V), jnp.float32, (1, R, K, V), "bh00"),
+            "n": ((B, H, 1, K), jnp.float32, (1, R, 1, K), "bh00"),
+            "m": ((B, H, 1, 1), jnp.float32, (1, R, 1, 1), "bh00"),
+            "C_start": ((B, H, N, K, V), q.dtype, (1, R, 1, K, V), "bhc00"),
+            "n_start": ((B, H, N, 1, K), jnp.float32, (1, R, 1, 1, K), "bhc00"),
         }
         self.chunk = (lambda c: N - 1 - c) if reverse else (lambda c: c)
         self.options = {
-            "grid": (B, H, N),
+            "grid": (B, H // R, N),
             "compiler_params": pltpu.CompilerParams(
                 dimension_semantics=("parallel", "parallel", "arbitrary"),
-                vmem_limit_bytes=max(16 << 20, _vmem(L, K, V, q.dtype.itemsize)),
+                vmem_limit_bytes=max(16 << 20, _vmem(L, K, V, q.dtype.itemsize, R)),
             ),
         }
 
@@ -113,50 +125,51 @@ class Call:
         )
 
 
-class Decays(NamedTuple):
-    """What is left of what was written, when it is read; in [0, 1], and 0 between documents.
+class Chunk:
+    """The gates of a chunk of a head, as rows [1, L] and columns [L, 1], and its tokens in tiles.
 
-    `between` and `from_start` include the scale of what is read, `between` and `to_end` the weight of what is written.
+    What would be [L, L] is made and used tile by tile, those of tokens read before they are written left out.
     """
 
-    between: jax.Array  # [t, s], from token s to t
-    from_start: jax.Array  # [L, 1], from before the first token to each
-    to_end: jax.Array  # [L, 1], from each token to the last
-    whole: jax.Array  # [1, 1], from before the first token to the last
-    least: jax.Array  # [L, 1], the row LEAST
+    def __init__(self, gates_RxL, scale):
+        """Of the block; `scale` is that of queries."""
+        self.L = gates_RxL.shape[1]
+        self.gates_RxL, self.gates_LxR = gates_RxL, gates_RxL.T
+        size = min(TILE, self.L)
+        self.tiles = [slice(t, t + size) for t in range(0, self.L, size)]
+        self.causal = causal(size)
+        self.to_end, self.least = self.column(TO_END), self.column(LEAST)
+        self.whole = self.gates_LxR[self.L - 1 :, FROM_START : FROM_START + 1]  # [1, 1]
+        self.read_start = self.column(FROM_START) * scale
+
+    def row(self, r, tile=slice(None)):
+        """[1, L], or a tile of it."""
+        return self.gates_RxL[r : r + 1, tile]
+
+    def column(self, r, tile=slice(None)):
+        """[L, 1], or a tile of it."""
+        return self.gates_LxR[tile, r : r + 1]
+
+    def between(self, t, s):
+        """What is left at the tokens of tile t of what those of tile s wrote, times the scale: [t, s].
+
+        0 between documents, of whose logarithms one is -128 at least.
+        """
+        coarse = self.column(COARSE, t) - self.row(COARSE, s)
+        decay = coarse + (self.column(FINE, t) + self.row(SOURCE, s))
+        return jnp.exp(jnp.where(self.causal, decay, -jnp.inf) if t == s else decay)
+
+    def norm(self, t, read, epsilon):
+        """What is divided by in tile t, and its derivative by what is read of the normaliser; [L, 1]."""
+        least = self.least[t]
+        slope = jnp.where(jnp.abs(read) >= least, jnp.sign(read), 0)
+        return jnp.maximum(jnp.abs(read), least) + epsilon, slope
 
 
-def decays(gates_RxL, scale) -> Decays:
-    """Of a chunk."""
-    L = gates_RxL.shape[1]
-    gates_LxR = gates_RxL.T
-    row, column, end = (
-        [gates_RxL[r : r + 1] for r in range(len(gates_RxL))],
-        [gates_LxR[:, r : r + 1] for r in range(len(gates_RxL))],
-        [gates_LxR[L - 1 :, r : r + 1] for r in range(len(gates_RxL))],
-    )
-
-    def between(later, earlier, scale):
-        decay = (later[COARSE] - earlier[COARSE]) + (later[FINE] - earlier[FINE])
-        left = jnp.exp(jnp.minimum(decay, 0) + (earlier[WEIGHT] + math.log(scale)))
-        return jnp.where(later[DOCUMENT] == earlier[DOCUMENT], left, 0)
-
-    from_start = jnp.where(column[DOCUMENT] == 0, jnp.exp(column[COARSE] + column[FINE]), 0)
-    return Decays(
-        between=jnp.where(causal(L), between(column, row, scale), 0),
-        from_start=from_start * scale,
-        to_end=between(end, column, 1),
-        whole=from_start[L - 1 :],
-        least=column[LEAST],
-    )
-
-
-def norm(q, n, product, decay: Decays, epsilon):
-    """What is divided by, and its derivative by what is read of the normaliser; [L, 1]."""
-    read = jnp.sum(product, 1, keepdims=True)
-    read += times(decay.from_start, jnp.sum(q.astype(jnp.float32) * n, 1, keepdims=True))
-    slope = jnp.where(jnp.abs(read) >= decay.least, jnp.sign(read), 0)
-    return jnp.maximum(jnp.abs(read), decay.least) + epsilon, slope
+def in_turns(head, heads):
+    """Each head's program, a generator, up to its next `yield`, and again: one's products take the time of others'."""
+    for _ in itertools.zip_longest(*map(head, range(heads))):
+        pass
 
 
 def dot(dtype, a, b, a_dim, b_dim):
@@ -165,6 +178,29 @@ def dot(dtype, a, b, a_dim, b_dim):
     dims = (((a_dim,), (b_dim,)), ((), ()))
     a, b = a.astype(dtype), b.astype(dtype)
     return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+def sums(dot, x, weights=1.0):
+    """Of the rows of x, times weights [1, size], in all lanes.
+
+    By the matrix unit in bfloat16, unless heads are so large that the vector units wait for it.
+    """
+    if x.dtype == jnp.float32 or x.shape[1] > 256:
+        return jnp.broadcast_to(jnp.sum(x.astype(jnp.float32) * weights, 1, keepdims=True), (len(x), LANES))
+    return dot(x, jnp.broadcast_to(jnp.asarray(weights), (LANES, x.shape[1])), 1, 1)
+
+
+def wide(x, size):
+    """[L, 128], the same in all lanes, to [L, size]."""
+    return jnp.concatenate([x] * (size // LANES), 1)
+
+
+def inverse(x, dtype):
+    """1 / x, to about 16 bits where all that it multiplies is rounded to bfloat16."""
+    if dtype == jnp.float32:
+        return 1 / x
+    guess = pltpu.reciprocal(x, approx=True)
+    return guess * (2 - x * guess)
 
 
 def times(decay, x):

@@ -17,7 +17,6 @@ from phyla.kernels.quantized_matmul.formats import (
     Int4,
     Int8,
     Outliers,
-    dequantize,
     quantize_float8,
     quantize_int4,
     quantize_int8,
@@ -33,7 +32,6 @@ __all__ = [
     "Int4",
     "Int8",
     "Outliers",
-    "dequantize",
     "quantize_float8",
     "quantize_int4",
     "quantize_int8",
@@ -67,12 +65,12 @@ IMPLEMENTATIONS = {"reference": _differentiable(reference), "xla": _differentiab
 def quantized_matmul(x: jax.Array, w: Format, *, implementation: str | None = None) -> jax.Array:
     """Multiply x by the matrix that `w` stands for; sums are float32, or int32 where both are int8.
 
-    Differentiable in x: dx = dy · dequantize(w)ᵀ, also where `w` is dynamic (rounding x then counts as the identity).
+    Differentiable in x: dx = dy · w.materialize()ᵀ, also where `w` is dynamic (rounding x then counts as the identity).
     `w` gets no gradient. Neither direction writes the dense matrix.
 
     Args:
         x: [..., K], float32 or bfloat16.
-        w: a format for a matrix [K, N], without leading dimensions (map over those with scan or vmap).
+        w: a format for one matrix [K, N]; where leaves are stacked, scan or vmap.
         implementation: "reference" (dequantize, then float32), "xla" (by blocks of rows), "tpu" (dequantized on chip)
             or None, the best for the backend.
 
@@ -82,6 +80,8 @@ def quantized_matmul(x: jax.Array, w: Format, *, implementation: str | None = No
     Raises:
         ValueError: a shape or dtype does not fit, or the implementation is unknown.
     """
+    if len(w.shape) != 2:
+        raise ValueError(f"quantized_matmul: w stands for {w.shape}; map over all but its last two dimensions")
     K, N = w.shape
     if x.ndim < 1 or x.shape[-1] != K or x.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"quantized_matmul: x is {x.dtype} {x.shape}, expected float32 or bfloat16 [..., K={K}]")

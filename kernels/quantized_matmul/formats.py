@@ -7,6 +7,7 @@ scan, experts of a vmap) are the caller's, who maps over them.
 import abc
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,26 +18,33 @@ STATIC: Any = {"static": True}
 
 
 class Format(abc.ABC):
-    """What every format is: a frozen dataclass and a pytree."""
+    """What every format is: a frozen dataclass and a pytree, which stands for an array [..., K, N]."""
 
     @property
     @abc.abstractmethod
-    def shape(self) -> tuple[int, int]:
-        """(K, N)."""
+    def shape(self) -> tuple[int, ...]:
+        """Of the array that it stands for."""
 
     @abc.abstractmethod
-    def dequantize(self) -> jax.Array:
+    def materialize(self) -> jax.Array:
         """The matrix, float32 [K, N]."""
+
+    def matmul(self, x: jax.Array) -> jax.Array:
+        """x [..., K] times the matrix, [..., N] in x's dtype; see `quantized_matmul`."""
+        from phyla.kernels.quantized_matmul import quantized_matmul  # which imports this file
+
+        w: Any = self
+        return quantized_matmul(x, w)
 
     @property
     def nbytes(self) -> int:
         """Of all leaves."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
-
-def dequantize(w: Format) -> jax.Array:
-    """The matrix that `w` stands for, float32 [K, N]."""
-    return w.dequantize()
+    @property
+    def bits_per_weight(self) -> float:
+        """Of all leaves: scales count."""
+        return 8 * self.nbytes / math.prod(self.shape)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,12 +57,11 @@ class Channels(Format):
     """Round the activations to the same type, with one scale for each token."""
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(K, N)."""
-        K, N = self.codes.shape[-2:]
-        return K, N
+    def shape(self) -> tuple[int, ...]:
+        """(..., K, N)."""
+        return self.codes.shape
 
-    def dequantize(self) -> jax.Array:
+    def materialize(self) -> jax.Array:
         """Float32 [K, N]."""
         return self.codes.astype(jnp.float32) * self.scale
 
@@ -88,11 +95,11 @@ class Int4(Format):
     group: int = dataclasses.field(metadata=STATIC)
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(K, N)."""
-        return self.rows, self.codes.shape[-1]
+    def shape(self) -> tuple[int, ...]:
+        """(..., K, N)."""
+        return *self.codes.shape[:-2], self.rows, self.codes.shape[-1]
 
-    def dequantize(self) -> jax.Array:
+    def materialize(self) -> jax.Array:
         """Float32 [K, N]."""
         codes = signed(unpack(self.codes)[: self.rows]).astype(jnp.float32)
         if self.zero is not None:
@@ -115,13 +122,13 @@ class Outliers(Format):
     values: jax.Array  # floating [O, N]
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(K, N)."""
+    def shape(self) -> tuple[int, ...]:
+        """(..., K, N)."""
         return self.body.shape
 
-    def dequantize(self) -> jax.Array:
+    def materialize(self) -> jax.Array:
         """Float32 [K, N]."""
-        return self.body.dequantize().at[self.columns].set(self.values.astype(jnp.float32), mode="drop")
+        return self.body.materialize().at[self.columns].set(self.values.astype(jnp.float32), mode="drop")
 
 
 def quantize_int8(w: jax.Array, *, dynamic: bool = False) -> Int8:

@@ -47,9 +47,9 @@ class NF4(Format):
     rows: int = dataclasses.field(metadata=STATIC)  # K
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(K, N)."""
-        return self.rows, self.codes.shape[-1]
+    def shape(self) -> tuple[int, ...]:
+        """(..., K, N)."""
+        return *self.codes.shape[:-2], self.rows, self.codes.shape[-1]
 
     @property
     def group(self) -> int:
@@ -62,7 +62,7 @@ class NF4(Format):
         of_blocks = jnp.broadcast_to(self.scale_scales[:, None], (len(self.scale_scales), SCALE_BLOCK)).ravel()
         return dynamic_value(self.scale_codes) * of_blocks[: G * N].reshape(N, G).T + self.scale_mean
 
-    def dequantize(self) -> jax.Array:
+    def materialize(self) -> jax.Array:
         """Float32 [K, N]."""
         values = jnp.take(jnp.asarray(CODE_BOOK), unpack(self.codes)[: self.rows], mode="clip")
         return values * spread(self.scales(), BLOCK, self.rows)

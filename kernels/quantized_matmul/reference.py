@@ -1,9 +1,9 @@
-"""Quantized matmul, the specification: dequantize, then multiply in float32."""
+"""Quantized matmul, the specification: the whole matrix, then multiply in float32."""
 
 import jax
 import jax.numpy as jnp
 
-from phyla.kernels.quantized_matmul.formats import Outliers, dequantize, rounded_like_weights
+from phyla.kernels.quantized_matmul.formats import Outliers, rounded_like_weights
 
 
 def product(x, w):
@@ -12,12 +12,12 @@ def product(x, w):
         inner = product(x.at[:, w.columns].set(0, mode="drop").astype(jnp.float32), w.body)
         outer = x.at[:, w.columns].get(mode="fill", fill_value=0)
         return (inner + _dot(outer, w.values)).astype(x.dtype)
-    return _dot(rounded_like_weights(x, w), dequantize(w)).astype(x.dtype)
+    return _dot(rounded_like_weights(x, w), w.materialize()).astype(x.dtype)
 
 
 def transposed(g, w):
     """G [M, N] by the transposed matrix."""
-    return _dot(g, dequantize(w).T).astype(g.dtype)
+    return _dot(g, w.materialize().T).astype(g.dtype)
 
 
 def _dot(a, b):

@@ -1,14 +1,14 @@
 """Quantized matmul for TPUs: which kernel, which blocks, and what is prepared for it.
 
-| rows of x | int8, int4, NF4 | dynamic int8 | float8 |
+| rows of x | int8, int4, NF4 | dynamic int8 | float8, NF4 with float32 x |
 |---|---|---|---|
 | up to 32 | codes | codes | dense |
 | more | dense | codes | dense |
 | transposed, any | dense | dense | dense |
 
 codes: `tpu_codes`, integers on the matrix unit; dense: `tpu_dense`, blocks dequantized on chip. Beside the results only
-what belongs to x or to scales is written to memory: planes of x, and, for the dense kernel, NF4's scales as float32
-(K N / 16 bytes).
+what belongs to x or to scales is prepared before: planes of x, and NF4's scales as float32 (K N / 16 bytes, which the
+compiler keeps on chip where it can).
 """
 
 import math
@@ -19,9 +19,9 @@ import jax.numpy as jnp
 
 from phyla.kernels.dispatch import Unfit
 from phyla.kernels.partition import per_device
-from phyla.kernels.quantized_matmul.formats import Channels, Float8, Format, Int4, Int8, Outliers, round_rows
+from phyla.kernels.quantized_matmul.formats import Channels, Float8, Format, Int4, Outliers, round_rows
 from phyla.kernels.quantized_matmul.nf4 import NF4
-from phyla.kernels.quantized_matmul.tpu_codes import matmul_codes, nf4_outer
+from phyla.kernels.quantized_matmul.tpu_codes import matmul_codes
 from phyla.kernels.quantized_matmul.tpu_dense import matmul_dense
 from phyla.kernels.tpu import LANES, kind
 
@@ -52,19 +52,20 @@ def product(x, w, *, block: Block | None = None):
         Unfit: the rows of the matrix cannot be cut into groups and blocks.
     """
     body = w.body if isinstance(w, Outliers) else w
-    few = len(x) <= FEW
-    codes = (isinstance(body, Int8) and body.dynamic) or (few and not isinstance(body, Float8))
+    few, dynamic = len(x) <= FEW, isinstance(body, Channels) and body.dynamic
+    exact = isinstance(body, NF4) and x.dtype == jnp.float32
+    codes = (dynamic or (few and not exact)) and not isinstance(body, Float8)
     most = block or BLOCKS["few" if few else "codes" if codes else "dense"]
     group = _group(body)
     terms = _cut(body.shape[0], most.terms, _unit(body, group))
-    arrays = _arrays(body, group, decoded=not codes)
+    arrays = _arrays(body, group)
     if isinstance(w, Outliers):
         chosen_OxK = _chosen(w)
         outer_x = _exactly(x, chosen_OxK.T).astype(x.dtype)
         arrays |= {"outer_x": (outer_x, "B O"), "outer_w": (w.values, "O H")}
         x = jnp.where(chosen_OxK.any(0), 0, x)
     dtype, of_rows = x.dtype, ("outer_x", "row_scale")
-    if isinstance(body, Float8) and body.dynamic:
+    if isinstance(body, Float8) and dynamic:
         x, scale = round_rows(x, jnp.float8_e4m3fn)
         x, arrays["row_scale"] = x if kind() in FLOAT8 else x.astype(jnp.bfloat16), (scale[:, None], "B U")
 
@@ -76,13 +77,15 @@ def product(x, w, *, block: Block | None = None):
         sizes = bm, _results(a["codes"].shape[1], most.results), terms
         options = {"kind": _kind(body), "group": group, "block": sizes, "dtype": dtype}
         if codes:
-            count = 1 if isinstance(body, Int8) and body.dynamic else 2 if dtype == jnp.bfloat16 else 3
-            return matmul_codes(pad(x), a, count=count, **options)[:rows]
-        return matmul_dense(pad(x), a, **options)[:rows]
+            count = 1 if dynamic else 2 if dtype == jnp.bfloat16 else 3
+            y = matmul_codes(pad(x), a, count=count, **options)
+        else:
+            y = matmul_dense(pad(x), a, **options)
+        return (y[:rows],)
 
-    return per_device(run, ["B K", *(dims for _, dims in arrays.values())], ["B H"])(
-        x, *(array for array, _ in arrays.values())
-    )
+    dims = [dims for _, dims in arrays.values()]
+    (y,) = per_device(run, ["B K", *dims], ["B H"])(x, *(array for array, _ in arrays.values()))
+    return y
 
 
 def transposed(g, w, *, block: Block | None = None):
@@ -93,7 +96,7 @@ def transposed(g, w, *, block: Block | None = None):
         dx = transposed(g, w.body, block=block)
         return jnp.where(chosen_OxK.any(0), _exactly(outer_MxO, chosen_OxK).astype(g.dtype), dx)
     most, group, dtype = block or BLOCKS["dense"], _group(w), g.dtype
-    arrays = _arrays(w, group, decoded=True)
+    arrays = _arrays(w, group)
     if isinstance(w, Channels):
         g = (g.astype(jnp.float32) * arrays.pop("scale")[0]).astype(dtype)
 
@@ -107,10 +110,11 @@ def transposed(g, w, *, block: Block | None = None):
         a = {name: jnp.pad(v, ((0, 0), (0, -N % bn))) for name, v in zip(arrays, values, strict=True)}
         bk = _cut(len(codes) * (1 if isinstance(w, Channels) else 2), most.results, _unit(w, group))
         options = {"kind": _kind(w), "group": group, "block": (bm, bk, bn), "dtype": dtype, "transpose": True}
-        return matmul_dense(g, a, **options)[:rows]
+        return (matmul_dense(g, a, **options)[:rows],)
 
     dims = [dims.replace("H", "N").replace("K", "H") for _, dims in arrays.values()]
-    return per_device(run, ["B N", *dims], ["B H"])(g, *(array for array, _ in arrays.values()))
+    (dx,) = per_device(run, ["B N", *dims], ["B H"])(g, *(array for array, _ in arrays.values()))
+    return dx
 
 
 def _kind(w: Format) -> str:
@@ -163,23 +167,14 @@ def _results(N: int, most: int) -> int:
     return N if most >= N else max((c for c in range(LANES, most + 1, LANES) if N % c == 0), default=most)
 
 
-def _arrays(w: Format, group: int, *, decoded: bool) -> dict[str, tuple[jax.Array, str]]:
+def _arrays(w: Format, group: int) -> dict[str, tuple[jax.Array, str]]:
     """What the kernels take of a weight, and the names of its dimensions for `per_device`."""
     if isinstance(w, Channels):
         return {"codes": (w.codes, "K H"), "scale": (w.scale[None], "U H")}
     assert isinstance(w, Int4 | NF4)
-    arrays = {"codes": (w.codes, "K H")}
-    if isinstance(w, NF4) and not decoded:
-        outer, phase = nf4_outer(w.scale_scales, *w.scale_codes.shape)
-        mean = w.scale_mean.reshape(1, 1)
-        return arrays | {
-            "scale_codes": (w.scale_codes, "K H"),
-            "outer": (outer, "S H"),
-            "phase": (phase, "U H"),
-            "mean": (mean, "U V"),
-        }
+    pieces = min(w.group, w.rows) // group
     scale = w.scales() if isinstance(w, NF4) else w.scale.astype(jnp.float32)
-    arrays["scale"] = jnp.repeat(scale, min(w.group, w.rows) // group, 0), "K H"
+    arrays = {"codes": (w.codes, "K H"), "scale": (jnp.repeat(scale, pieces, 0), "K H")}
     if isinstance(w, Int4) and w.zero is not None:
-        arrays["zero"] = jnp.repeat(w.zero, min(w.group, w.rows) // group, 0), "K H"
+        arrays["zero"] = jnp.repeat(w.zero, pieces, 0), "K H"
     return arrays

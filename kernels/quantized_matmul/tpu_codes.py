@@ -2,12 +2,13 @@
 
 For few rows of x, whatever is done to a weight costs more than what is done to x or to a product. So weights stay
 integers: x is written as a sum of int8 planes (the first has a row's largest magnitude at 127, the next the remainder,
-254 times finer: two for bfloat16, three for float32), four-bit codes are unpacked to int8, and an NF4 quantile is the
-sum of 64 · its number and of an int8 that selections find for 4,096 weights at once. A group's products are exact
-integers; they are scaled and added in float32. Dynamic int8 is the same with one plane, for any number of rows.
-"""
+254 times finer: two for bfloat16, three for float32), and four-bit codes are unpacked to int8. A group's products are
+exact integers; they are scaled and added in float32. Dynamic int8 is the same with one plane, for any number of rows.
 
-import math
+An NF4 quantile is the sum of 64 · its number and of an int8 that selections find for 4,096 weights at once. The second
+plane of x is 64 times finer than the first, so that (x1 + x2 / 64) (64 number + fine) is 64 x1 number + (x1 fine +
+x2 number), but for x2 fine / 64, which is as small as the error of the quantile.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from phyla.kernels.quantized_matmul.formats import nonzero
-from phyla.kernels.quantized_matmul.nf4 import CODE_BOOK, SCALE_BLOCK, dynamic_value
+from phyla.kernels.quantized_matmul.nf4 import CODE_BOOK
 from phyla.kernels.tpu import pallas_call
 
 FINER = 254
@@ -70,47 +71,42 @@ def matmul_codes(x_MxK, a, *, kind, group, block, count, dtype):
 
     Args:
         x_MxK: float.
-        a: arrays, by name: codes; scale [1, N] of int8 and [G, N] of int4; int4's zero [G, N]; NF4's scale_codes
-            [G, N], outer [S, N], phase [1, N] and mean [1, 1]; outliers' outer_x [M, O] and outer_w [O, N].
+        a: arrays, by name: codes; scale [1, N] of int8 and [G, N] of the others; int4's zero [G, N]; outliers' outer_x
+            [M, O] and outer_w [O, N].
         kind: "int8", "int4" or "nf4".
         group: rows that share a scale; K for int8.
         block: (m, n, k) that divide M and K; with more than one plane, m = M.
-        count: planes of x; an NF4 quantile has as many, less the last.
+        count: planes of x; two for NF4.
         dtype: of the result.
     """
     (M, K), N = x_MxK.shape, a["codes"].shape[1]
     bm, bn, bk = block
     G, gb, packing = K // group, max(bk // group, 1), 1 if kind == "int8" else 2
-    planes_RxK, row_scale = split(x_MxK, count)
+    planes_RxK, row_scale = split(x_MxK, count, 1 << SHIFTS[0] if kind == "nf4" else FINER)
     R = count * bm
     given = {"row_scale": (row_scale, pl.BlockSpec((bm, 1), lambda m, n, k: (m, 0)))}
-    column = lambda rows: pl.BlockSpec((rows, bn), lambda m, n, k: (0, n))  # noqa: E731
     planes_GxRxP = jnp.swapaxes(planes_RxK.reshape(-1, G, group), 0, 1)
     if kind == "int8":
         given["x"] = planes_RxK, pl.BlockSpec((R, bk), lambda m, n, k: (m, k))
     else:
         given["x"] = planes_GxRxP, pl.BlockSpec((gb, R, group), lambda m, n, k: (k, m, 0))
     given["codes"] = a["codes"], pl.BlockSpec((bk // packing, bn), lambda m, n, k: (k, n))
-    for name in a.keys() & {"scale_codes", "outer", "phase", "outer_w"}:
-        given[name] = a[name], column(a[name].shape[0])
+    if "outer_w" in a:
+        given["outer_w"] = a["outer_w"], pl.BlockSpec((a["outer_w"].shape[0], bn), lambda m, n, k: (0, n))
     for name in a.keys() & {"scale", "zero"}:
         by_block = a[name].reshape(-1, gb, N)  # of int8, one
         given[name] = by_block, pl.BlockSpec((None, gb, bn), lambda m, n, k: (0 if kind == "int8" else k, 0, n))
-    if "mean" in a:
-        given["mean"] = a["mean"], pl.BlockSpec((1, 1), lambda m, n, k: (0, 0))
     if "zero" in a:
         sums_GxR = planes_GxRxP.sum(-1, dtype=jnp.int32).astype(jnp.float32)
         by_block = jnp.swapaxes(sums_GxR.reshape(-1, gb, sums_GxR.shape[1]), 1, 2)
         given["sums"] = by_block, pl.BlockSpec((None, R, gb), lambda m, n, k: (k, m, 0))
     if "outer_x" in a:
         given["outer_x"] = a["outer_x"], pl.BlockSpec((bm, a["outer_x"].shape[1]), lambda m, n, k: (m, 0))
-    scratch = {"total": pltpu.VMEM((R, bn), jnp.int32 if kind == "int8" else jnp.float32)}
-    if kind == "nf4":
-        scratch["scale"] = pltpu.VMEM((G // gb, gb, bn), jnp.float32)
-    names = [*given, "y", *scratch]
+    total = pltpu.VMEM((bm if kind == "nf4" else R, bn), jnp.int32 if kind == "int8" else jnp.float32)
+    names = [*given, "y", "total"]
 
     def kernel(*refs):
-        _kernel(dict(zip(names, refs, strict=True)), kind, group, count)
+        _kernel(dict(zip(names, refs, strict=True)), kind, group)
 
     bytes_accessed = sum(array.size * array.dtype.itemsize for array, _ in given.values()) + M * N * 4
     return pallas_call(
@@ -120,7 +116,7 @@ def matmul_codes(x_MxK, a, *, kind, group, block, count, dtype):
         grid=(M // bm, pl.cdiv(N, bn), K // bk),
         in_specs=[spec for _, spec in given.values()],
         out_specs=pl.BlockSpec((bm, bn), lambda m, n, k: (m, n)),
-        scratch_shapes=list(scratch.values()),
+        scratch_shapes=[total],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=100 * 2**20
         ),
@@ -129,7 +125,7 @@ def matmul_codes(x_MxK, a, *, kind, group, block, count, dtype):
     )
 
 
-def split(x_MxK, count):
+def split(x_MxK, count, finer=FINER):
     """X as int8 planes [count · M, K], one after the other, and each row's scale of the first, float32 [M, 1]."""
     x_MxK = x_MxK.astype(jnp.float32)
     scale_Mx1 = nonzero(jnp.abs(x_MxK).max(-1, keepdims=True) / 127)
@@ -137,37 +133,32 @@ def split(x_MxK, count):
     for _ in range(count):
         whole = jnp.clip(jnp.round(rest), -127, 127)
         planes.append(whole.astype(jnp.int8))
-        rest = (rest - whole) * FINER
+        rest = (rest - whole) * finer
     return jnp.concatenate(planes), scale_Mx1
 
 
-def _kernel(ref, kind, group, count):
+def _kernel(ref, kind, group):
     k, total = pl.program_id(2), ref["total"]
 
     @pl.when(k == 0)
     def _():
         total[...] = jnp.zeros_like(total)
-        if kind == "nf4":
-            scale, (steps, groups, _) = _nf4_scales(ref), ref["scale"].shape
-            for step in range(steps):
-                ref["scale"][step] = scale[step * groups : (step + 1) * groups]
 
     if kind == "int8":
         total[...] += _dot(ref["x"][...], ref["codes"][...], jnp.int32)
     else:
-        scale = ref["scale"].at[k] if kind == "nf4" else ref["scale"]
-        _groups(ref, scale, kind, group, count)
+        _groups(ref, kind, group)
         if "zero" in ref:
-            total[...] -= _dot(ref["sums"][...], scale[...] * ref["zero"][...].astype(jnp.float32), jnp.float32)
+            total[...] -= _dot(ref["sums"][...], ref["scale"][...] * ref["zero"][...].astype(jnp.float32), jnp.float32)
 
     @pl.when(k == pl.num_programs(2) - 1)
     def _():
         sums_RxN = total[...].astype(jnp.float32)
-        rows = sums_RxN.shape[0] // count
+        rows = ref["y"].shape[0]
         y_MxN = sums_RxN[:rows]
-        for plane in range(1, count):
+        for plane in range(1, sums_RxN.shape[0] // rows):
             y_MxN += sums_RxN[plane * rows : (plane + 1) * rows] * (1 / FINER**plane)
-        y_MxN *= ref["row_scale"][...] * (quantile_unit(max(count - 1, 1)) if kind == "nf4" else 1.0)
+        y_MxN *= ref["row_scale"][...] * (UNIT if kind == "nf4" else 1.0)
         if kind == "int8":
             y_MxN *= ref["scale"][...]
         if "outer_x" in ref:
@@ -175,9 +166,9 @@ def _kernel(ref, kind, group, count):
         ref["y"][...] = y_MxN.astype(ref["y"].dtype)
 
 
-def _groups(ref, scale, kind, group, count):
+def _groups(ref, kind, group):
     """Add the scaled products of this block's groups; by columns, so that the sum stays in registers."""
-    x, codes, total = ref["x"], ref["codes"], ref["total"]
+    x, codes, scale, total = ref["x"], ref["codes"], ref["scale"], ref["total"]
     groups, R, N = x.shape[0], *total.shape
     width = next(width for width in (512, 256, 128, N) if N % width == 0 and (width == N or width * R <= 16384))
     for start in range(0, N, width):
@@ -185,20 +176,14 @@ def _groups(ref, scale, kind, group, count):
         sums_RxN = total[:, columns]
         for i in range(groups):
             packed = codes[i * group // 2 : (i + 1) * group // 2, columns]
-            planes = [unpacked(packed)] if kind == "int4" else quantile_planes(packed, max(count - 1, 1))
-            product = join([_dot(x[i], plane, jnp.int32) for plane in planes])
+            if kind == "int4":
+                product = _dot(x[i], unpacked(packed), jnp.int32)
+            else:
+                number, fine = quantile_planes(packed, 1)
+                coarse = _dot(x[i], number, jnp.int32)
+                product = join([coarse[:R], _dot(x[i, :R], fine, jnp.int32)]) + coarse[R:]
             sums_RxN += product.astype(jnp.float32) * scale[i : i + 1, columns]
         total[:, columns] = sums_RxN
-
-
-def _nf4_scales(ref):
-    """Of the blocks: the dynamic map's values times their own scale, which changes every 256 blocks of all, + mean."""
-    value = dynamic_value(ref["scale_codes"][...])
-    position = jax.lax.broadcasted_iota(jnp.int32, value.shape, 0) + ref["phase"][...]
-    outer = ref["outer"][0:1, :]
-    for i in range(1, ref["outer"].shape[0]):
-        outer = jnp.where(position >= i * SCALE_BLOCK, ref["outer"][i : i + 1, :], outer)
-    return value * outer + ref["mean"][...]
 
 
 def outliers(x, w):
@@ -213,24 +198,3 @@ def outliers(x, w):
 def _dot(a, b, dtype):
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jnp.dot(a, b, preferred_element_type=dtype, precision=precision)
-
-
-def nf4_outer(scale_scales, G, N):
-    """For each column its candidates among the scales' scales [S, N], and where its first block stands in one [1, N].
-
-    Every `columns` columns begin a new scale's scale; within these, which ones they need is a constant, and selected
-    by a product with zeros and ones: a TPU is slow at gathering.
-    """
-    columns = SCALE_BLOCK // math.gcd(G, SCALE_BLOCK)
-    S, scales = -(-(SCALE_BLOCK - 1 + G) // SCALE_BLOCK), columns * G // SCALE_BLOCK
-    first = np.arange(columns) * G
-    needed = np.minimum(first // SCALE_BLOCK + np.arange(S)[:, None], scales - 1)  # one more than the last is not used
-    periods = -(-N // columns)
-    by_period = jnp.pad(scale_scales, (0, periods * scales - len(scale_scales))).reshape(periods, scales)
-    if scales == 1:
-        outer = jnp.broadcast_to(by_period, (periods, columns)).reshape(1, -1)
-    else:
-        chosen = jnp.asarray(needed.ravel() == np.arange(scales)[:, None], jnp.float32)
-        outer = jnp.matmul(by_period, chosen, precision=jax.lax.Precision.HIGHEST)
-        outer = jnp.swapaxes(outer.reshape(periods, S, columns), 0, 1).reshape(S, -1)
-    return outer[:, :N], jnp.asarray(np.tile(first % SCALE_BLOCK, periods)[None, :N], jnp.int32)

@@ -6,6 +6,7 @@ less, the scale multiplies its product, or dy, instead of its weights.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from phyla.kernels.arguments import align
 from phyla.kernels.dispatch import platform
@@ -111,12 +112,18 @@ def _scales(w):
 
 
 def _quantile(nibbles):
-    """The code book's values by selection, which is faster than a table on a CPU."""
-    values = [jnp.float32(value) for value in CODE_BOOK]
-    for bit in range(4):
-        one = (nibbles & 1 << bit) != 0
-        values = [jnp.where(one, odd, even) for even, odd in zip(values[::2], values[1::2], strict=True)]
-    return values[0]
+    """The code book's values by selection, which is faster than a table on a CPU.
+
+    The first of four levels is made of bits: a choice between two constants would be two arrays of them, which
+    automatic differentiation computes before the loop.
+    """
+    book = [int(bits) for bits in CODE_BOOK.view(np.int32)]
+    odd = -(nibbles & 1).astype(jnp.int32)
+    values = [b ^ (odd & (a ^ b)) for b, a in zip(book[::2], book[1::2], strict=True)]
+    for bit in (2, 4, 8):
+        one = (nibbles & bit) != 0
+        values = [jnp.where(one, a, b) for b, a in zip(values[::2], values[1::2], strict=True)]
+    return jax.lax.bitcast_convert_type(values[0], jnp.float32)
 
 
 def _dtype(x):

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from phyla.kernels.dispatch import Unfit
-from phyla.kernels.gpu import ROWS, THREADS, TILES, columns, kernel, load, pad, pipeline, rows, store
+from phyla.kernels.gpu import ROWS, THREADS, TILES, columns, kernel, load, pad, pipeline, reset, rows, store
 from phyla.kernels.partition import per_device
 from phyla.kernels.selective_scan.xla import selective_scan_xla
 
@@ -106,7 +106,7 @@ def _run_forward(x, dt, A, B, C, D, h, resets, save):
                     t = i * CHUNK + j
                     x = load(x_ref.at[t], ROWS.reduce(1))
                     dt = load(dt_ref.at[t], ROWS.reduce(1))
-                    h = _reset(h, resets_ref, b, k * STAGE + t)
+                    h = reset(h, resets_ref, b, k * STAGE + t)
                     h = _advance(h, rate, dt, x, load(B_ref.at[t], ROWS.reduce(0)))
                     y = jnp.sum(h * rows(load(C_ref.at[t], ROWS.reduce(0)), THREADS), 1) + D * x
                     store(y_ref.at[b, k * STAGE + t, here], y)
@@ -155,7 +155,7 @@ def _run_backward(x, dt, A, B, C, D, resets, states, dy, dh):
                 return load(ref.at[t], by_channel if ref.shape[1] == THREADS else by_state)
 
             def recompute(t, h):
-                h = _reset(h, resets_ref, b, k * CHUNK + t)
+                h = reset(h, resets_ref, b, k * CHUNK + t)
                 store(h_ref.at[t], h)
                 h = _advance(h, rate, token(dt_ref, t), token(x_ref, t), token(B_ref, t))
                 dC = jnp.sum(h * columns(token(dy_ref, t), N16), 0)
@@ -173,7 +173,7 @@ def _run_backward(x, dt, A, B, C, D, resets, states, dy, dh):
                 du = jnp.sum(g * rows(token(B_ref, t), THREADS), 1)
                 dB = jnp.sum(g * columns(dt * x, N16), 0)
                 store(dB_ref.at[b, d, at], dB)
-                g = _reset(g * jnp.exp2(columns(dt, N16) * rate), resets_ref, b, at)
+                g = reset(g * jnp.exp2(columns(dt, N16) * rate), resets_ref, b, at)
                 d_exponent = g * load(h_ref.at[t], TILES)
                 ddt = du * x + jnp.sum(d_exponent * A, 1)
                 store(ddt_ref.at[b, at, here], ddt)
@@ -248,7 +248,3 @@ def _specs(staged, length, b, d, order):
 def _advance(h, rate, dt, x, B):
     decay = jnp.exp2(columns(dt, rate.shape[1]) * rate)
     return decay * h + columns(dt * x, rate.shape[1]) * rows(B, THREADS)
-
-
-def _reset(h, resets_ref, b, t):
-    return h if resets_ref is None else jnp.where(jnp.broadcast_to(resets_ref[b, t], h.shape) != 0, 0.0, h)

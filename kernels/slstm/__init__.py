@@ -6,11 +6,12 @@ import jax.numpy as jnp
 from phyla.kernels.arguments import align, check
 from phyla.kernels.dispatch import resolve
 from phyla.kernels.segments import starts
+from phyla.kernels.slstm.gpu import slstm_gpu
 from phyla.kernels.slstm.reference import slstm_reference
 from phyla.kernels.slstm.tpu import slstm_tpu
 from phyla.kernels.slstm.xla import slstm_xla
 
-IMPLEMENTATIONS = {"reference": slstm_reference, "xla": slstm_xla, "tpu": slstm_tpu}
+IMPLEMENTATIONS = {"reference": slstm_reference, "xla": slstm_xla, "tpu": slstm_tpu, "gpu": slstm_gpu}
 
 State = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
@@ -50,11 +51,11 @@ def slstm(
             Where n is 0 nothing has been seen, and m counts as -inf. It belongs to the first token's segment.
         segment_ids: integers, [B, T]; the state is zero at the start of every token whose id differs from that of
             the token before it.
-        implementation: "reference", "xla", "tpu" or None, the best for the backend.
+        implementation: "reference", "xla", "tpu", "gpu" or None, the best for the backend.
 
     Returns:
         h, [B, T, H, P] in the dtype of i, and the state after the last token, float32 as `initial_state`.
-        ("reference" computes in float64 when i is float64; "xla" refuses it.)
+        ("reference" computes in float64 when i is float64; the others refuse it.)
 
     Raises:
         ValueError: a shape or dtype does not fit, or the implementation is unknown.

@@ -37,6 +37,7 @@ from phyla.kernels.ssd.tpu_chunk import (
 )
 from phyla.kernels.ssd.xla import ssd_xla
 
+LARGE = 3e38  # finite in bfloat16 too
 CHUNK = 128  # the size of the matrix unit, for which the products of a token are the fewest
 HEADS = 32  # a block at most; C Bᵀ is computed once for all of them
 
@@ -86,7 +87,7 @@ _scan.defvjp(_scan_forward, _scan_backward)
 
 def _divided(run, chunk, heads, keep):
     def call(*arrays):
-        results = ("B T H", "B H P N", "B K N H") if keep else ("B T H", "B H P N")
+        results = ("B T H", "B H P N", "B K H N") if keep else ("B T H", "B H P N")
         groups = arrays[3].shape[2]
         return per_device(functools.partial(run, chunk, heads, keep), arguments(groups), results)(*arrays)
 
@@ -97,14 +98,15 @@ def _forward(chunk, heads, keep, x, dt, log_decay, B, C, D, h, resets):
     del resets  # they are in the log decay
     batch, T, H = dt.shape
     s = Sizes.of(H, x.shape[2] // H, B.shape[2], B.shape[3], chunk, heads)
-    arrays = align(*inward(s, x, dt, log_decay, B, C, D), s.state_in(h))
+    D = s.pad_heads(jnp.repeat(D, s.P)[None], channels=True)
+    arrays = align(*inward(s, x, dt, log_decay, B, C), D, s.state_in(h).swapaxes(2, 3))
     chunks = arrays[0].shape[1] // s.Q
     spec = s.specs(chunks, reverse=False)
     shape = jax.ShapeDtypeStruct
     results = {
         "channels": shape(arrays[0].shape, x.dtype),
-        "state": shape(arrays[-1].shape, jnp.float32),
-        "states": shape((batch, chunks, s.N, s.J * s.lanes), x.dtype),
+        "wide state": shape(arrays[-1].shape, jnp.float32),
+        "states": shape((batch, chunks, s.J * s.lanes, s.N), x.dtype),
     }
     if not keep:
         del results["states"]
@@ -113,7 +115,7 @@ def _forward(chunk, heads, keep, x, dt, log_decay, B, C, D, h, resets):
         tuple(results.values()),
         *arrays,
         grid=(batch, s.J, chunks),
-        in_specs=[spec[name] for name in ("channels", "rows", "rows", "group", "group", "D", "state")],
+        in_specs=[spec[name] for name in ("channels", "rows", "rows", "group", "group", "D", "wide state")],
         out_specs=tuple(spec[name] for name in results),
         scratch_shapes=s.scratch(),
         compiler_params=pltpu.CompilerParams(
@@ -126,22 +128,26 @@ def _forward(chunk, heads, keep, x, dt, log_decay, B, C, D, h, resets):
         ),
         name="ssd_forward",
     )
-    return s.cut_heads(y[:, :T], channels=True), s.state_out(end), *states
+    return s.cut_heads(y[:, :T], channels=True), s.state_out(end.swapaxes(2, 3)), *states
 
 
 def _forward_kernel(s, x_ref, dt_ref, decay_ref, B_ref, C_ref, D_ref, start_ref, y_ref, end_ref, *rest):
-    *states_ref, h_ref, far_ref, near_ref = rest
-    k = pl.program_id(2)
+    *states_ref, far_ref, near_ref = rest
+    h_ref = end_ref.at[0, 0]
 
-    @pl.when(k == 0)
+    @pl.when(pl.program_id(2) == 0)
     def _():
-        h_ref[...] = start_ref[0, 0]
+        end_ref[...] = start_ref[...]
 
     for ref in states_ref:
-        ref[0, 0] = h_ref[...].astype(ref.dtype)
+        # What overflowed in one document would be 0 · inf in another.
+        for tile in range(s.lanes // s.tile):
+            at = slice(tile * s.tile, (tile + 1) * s.tile)
+            h = jnp.where(jnp.abs(h_ref[:, at]) < LARGE, h_ref[:, at], 0)
+            ref[0, 0, at] = h.astype(ref.dtype).T
     dt, B, C = dt_ref[0, 0], B_ref[0, 0], C_ref[0, 0]
     from_start = dot(C, h_ref[...].astype(C.dtype))  # of all heads at once: the matrix unit works while decays are made
-    decays = Decays.of(decay_ref[0, 0], far_ref, near_ref, earlier_rows=False)
+    decays = Decays.of(decay_ref[0, 0], far_ref, near_ref)
     # Step sizes belong to the lanes.
     far_ref[...] *= dt
     near_ref[...] *= dt
@@ -160,13 +166,9 @@ def _forward_kernel(s, x_ref, dt_ref, decay_ref, B_ref, C_ref, D_ref, start_ref,
         mixed = jnp.zeros(())
         for i in range(per_tile):
             r = tile * per_tile + i
-            mixing = between(prefix[:, r : r + 1], far_ref, near_ref, r, earlier_rows=False) * scores
+            mixing = between(prefix[:, r : r + 1], far_ref, near_ref, r) * scores
             # Two products with x: what its tokens give to y, and to the state at the end.
             one = dot(jnp.concatenate([mixing, Bt * to_end[r : r + 1]]).astype(x.dtype), x)
             mixed = one if i == 0 else jnp.where(s.lane(one.shape) < i * s.padded_P, mixed, one)
         y_ref[0, :, at] = (y + mixed[: s.Q]).astype(y_ref.dtype)
         h_ref[:, at] = fade(h_ref[:, at], decay[-1:]) + mixed[s.Q :]
-
-    @pl.when(k == pl.num_programs(2) - 1)
-    def _():
-        end_ref[0, 0] = h_ref[...]

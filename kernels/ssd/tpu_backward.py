@@ -17,16 +17,14 @@ from phyla.kernels import tpu
 from phyla.kernels.arguments import align
 from phyla.kernels.partition import per_device
 from phyla.kernels.ssd.tpu_chunk import (
-    BLOCK,
     VMEM,
     Decays,
     Sizes,
-    Spread,
     arguments,
     between,
     dot,
+    fade,
     inward,
-    side_by_side,
     triangle,
 )
 
@@ -40,7 +38,7 @@ def backward(chunk, heads, saved, cotangents):
     B, C = arrays[3:5]
     run = per_device(
         functools.partial(_backward, chunk, heads),
-        (*arguments(B.shape[2]), "B K N H", "B T H", "B H P N"),
+        (*arguments(B.shape[2]), "B K H N", "B T H", "B H P N"),
         ("B T H", "B T H", "B T H", "B H T N", "B H T N", "B H", "B H P N"),
     )
     dx, ddt, d_log_decay, dB, dC, dD, dh = run(*arrays, states, *cotangents)
@@ -55,8 +53,8 @@ def _backward(chunk, heads, x, dt, log_decay, B, C, D, h, resets, states, dy, dh
     s = Sizes.of(H, x.shape[2] // H, B.shape[2], B.shape[3], chunk, heads)
     documents = s.pad_time(jnp.cumsum(resets, axis=1).astype(jnp.float32))[:, None]
     dy = s.pad_heads(s.pad_time(dy.astype(x.dtype)), channels=True)
-    inputs = inward(s, x, dt, log_decay, B, C, D)
-    arrays = align(*inputs, documents, states, dy, s.state_in(dh))
+    D = jnp.broadcast_to(s.pad_heads(D[None]).reshape(s.J, s.R, 1), (s.J, s.R, s.Q))
+    arrays = align(*inward(s, x, dt, log_decay, B, C), D, documents, states, dy, s.state_in(dh))
     chunks = dy.shape[1] // s.Q
     spec = s.specs(chunks, reverse=True)
     shape = jax.ShapeDtypeStruct
@@ -66,10 +64,10 @@ def _backward(chunk, heads, x, dt, log_decay, B, C, D, h, resets, states, dy, dh
         "channels": [shape(dy.shape, x.dtype)],
         "rows": [rows, rows],
         "block": [of_block, of_block],
-        "sum": [shape((batch, s.J, 1, s.lanes), jnp.float32)],
+        "sums": [shape((batch, s.J, s.R, s.Q), jnp.float32)],
         "state": [shape(arrays[-1].shape, jnp.float32)],
     }
-    names = "channels", "rows", "rows", "group", "group", "D", "time", "states", "channels", "state"
+    names = "channels", "rows", "rows", "group", "group", "heads", "time", "states", "channels", "state"
     out = [v for kind in results.values() for v in kind]
     dx, ddt, d_log_decay, dB, dC, dD, dh = tpu.pallas_call(
         functools.partial(_backward_kernel, s),
@@ -80,10 +78,9 @@ def _backward(chunk, heads, x, dt, log_decay, B, C, D, h, resets, states, dy, dh
         out_specs=tuple(spec[name] for name, kind in results.items() for _ in kind),
         scratch_shapes=[
             *s.scratch(),
+            pltpu.VMEM((s.R // together(s), s.Q, together(s)), jnp.float32),
             *(pltpu.VMEM((s.R, s.Q), jnp.float32) for _ in range(2)),
-            pltpu.VMEM((s.R // min(s.R, UNROLL), s.Q, 3 * min(s.R, UNROLL)), jnp.float32),
-            pltpu.VMEM((s.Q // BLOCK, s.lanes), jnp.float32),
-            pltpu.VMEM((s.Q, s.Q), jnp.float32),
+            *(pltpu.VMEM((s.Q, s.Q), jnp.float32) for _ in range(2)),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM
@@ -98,115 +95,115 @@ def _backward(chunk, heads, x, dt, log_decay, B, C, D, h, resets, states, dy, dh
     ddt, d_log_decay = (
         s.cut_heads(v.reshape(batch, -1, v.shape[-1]).swapaxes(1, 2)[:, :T]) for v in (ddt, d_log_decay)
     )
-    dD = s.cut_heads(dD.reshape(batch, -1), channels=True).reshape(batch, H, -1).sum(-1)
+    dD = s.cut_heads(dD.sum(-1).reshape(batch, -1))
     return s.cut_heads(dx[:, :T], channels=True), ddt, d_log_decay, dB[:, :, :T], dC[:, :, :T], dD, s.state_out(dh)
+
+
+def together(s):
+    """How many heads of a block are unrolled."""
+    per_tile = s.tile // s.padded_P
+    return max((U for U in range(per_tile, UNROLL + 1, per_tile) if s.R % U == 0), default=per_tile)
 
 
 def _backward_kernel(
     s, x_ref, dt_ref, decay_ref, B_ref, C_ref, D_ref, documents_ref, h_ref, dy_ref, end_ref,
-    dx_ref, ddt_ref, d_decay_ref, dB_ref, dC_ref, dD_ref, start_ref,
-    g_ref, far_ref, near_ref, from_start_ref, to_end_ref, columns_ref, blocks_ref, d_scores_ref,
+    dx_ref, ddt_ref, d_decay_ref, dB_ref, dC_ref, dD_ref, g_ref,
+    far_ref, near_ref, prefix_ref, since_start_ref, to_end_ref, d_scores_ref, passed_ref,
 ):  # fmt: skip
-    k = pl.program_id(2)
-
-    @pl.when(k == 0)
+    @pl.when(pl.program_id(2) == 0)
     def _():
-        g_ref[...] = end_ref[0, 0]
+        g_ref[...] = end_ref[...]
         dD_ref[...] = jnp.zeros_like(dD_ref)
 
     dtype = x_ref.dtype
-    Q, dt, B, C = s.Q, dt_ref[0, 0], B_ref[0, 0], C_ref[0, 0]
-    U = min(UNROLL, s.R)
-    # Rows are the earlier tokens j, lanes the later tokens i.
-    decays = Decays.of(decay_ref[0, 0], far_ref, near_ref, earlier_rows=True)
+    Q, P, B, C = s.Q, s.padded_P, B_ref[0, 0], C_ref[0, 0]
+    U, per_tile = together(s), s.tile // P
+    # Rows are the later tokens i, lanes the earlier tokens j.
+    decays = Decays.of(decay_ref[0, 0], far_ref, near_ref)
+    since_start_ref[...], to_end_ref[...] = decays.since_start, decays.to_end
     for g in range(s.R // U):
-        rows = slice(g * U, (g + 1) * U)
-        columns_ref[g] = jnp.concatenate([decays.suffix[rows], decays.since_start[rows], dt[rows]]).T
-    blocks_ref[...] = Spread(s, decays.blocks).all()
+        prefix_ref[g] = decays.prefix[g * U : (g + 1) * U].T
     later = triangle(Q)  # [i, t]: t passes nothing later than i
     documents = jnp.broadcast_to(documents_ref[0], (Q, Q))
     # Where the decay is 0, x may be an overflow in another document, whose product must not be seen.
-    visible = later.T & (documents == documents.T)
-    passed = visible & ~later
-    scores = jnp.where(later.T, dot(B, C, "ij,kj"), 0)
-    later = later.astype(dtype)
+    passed_ref[...] = jnp.where(later & (documents == documents.T), 1.0, 0.0)
+    scores = jnp.where(later, dot(C, B, "ij,kj"), 0)
+    later = later.astype(jnp.float32)
+    earlier, later = (1 - later).astype(dtype), later.astype(dtype)  # [j, t]: t passes what is earlier than it
     d_scores_ref[...] = jnp.zeros_like(d_scores_ref)
     dB_ref[...] = jnp.zeros_like(dB_ref)
     dC_ref[...] = jnp.zeros_like(dC_ref)
-    per_tile = s.tile // s.padded_P
 
     def body(g, _):
-        lanes = pl.ds(pl.multiple_of(g * U * s.padded_P, U * s.padded_P), U * s.padded_P)
         heads = pl.ds(pl.multiple_of(g * U, U), U)
-        x_, dy_, dx_ = x_ref.at[0, :, lanes], dy_ref.at[0, :, lanes], dx_ref.at[0, :, lanes]
-        h_, g_, D_, dD_ = h_ref.at[0, 0, :, lanes], g_ref.at[:, lanes], D_ref.at[:, lanes], dD_ref.at[0, 0, :, lanes]
-        ddt_, d_decay_ = ddt_ref.at[0, 0, heads], d_decay_ref.at[0, 0, heads]
-        from_start_, to_end_, blocks_ = from_start_ref.at[heads], to_end_ref.at[heads], blocks_ref.at[:, lanes]
-        far_, near_ = far_ref.at[:, heads], near_ref.at[:, heads]
-        columns = columns_ref[g]
-        suffix, since_start, steps = columns[:, :U], columns[:, U : 2 * U], columns[:, 2 * U :]
-        d_scores = d_scores_ref[...]
-        dB, dC = dB_ref[0, 0], dC_ref[0, 0]
-        for tile in range(U * s.padded_P // s.tile):
-            at = slice(tile * s.tile, (tile + 1) * s.tile)
-            rows = slice(tile * per_tile, (tile + 1) * per_tile)
-            x, dy, g = x_[:, at], dy_[:, at], g_[:, at]
-            # What overflowed in one document would be 0 · inf in another.
-            h = h_[:, at]
-            h = jnp.where(jnp.abs(h.astype(jnp.float32)) < jnp.inf, h, 0).astype(dtype)
-            narrow_g = g.astype(dtype)
-            wide_x, wide_dy = x.astype(jnp.float32), dy.astype(jnp.float32)
-            step, since = side_by_side(s, steps, tile), side_by_side(s, since_start, tile)
-            to_end = side_by_side(s, suffix, tile).reshape(-1, BLOCK, s.tile) * blocks_[:, at][:, None]
-            to_end = to_end.reshape(Q, s.tile)
-            wide_u = wide_x * step
-            u, u_at_end = wide_u.astype(dtype), (wide_u * to_end).astype(dtype)
-            dy_at_start = (wide_dy * since).astype(dtype)
-            dB += dot(u_at_end, narrow_g, "ij,kj")
-            dC += dot(dy_at_start, h, "ij,kj")
-            g_at_start = g * since[-1:]
-            g_[:, at] = g_at_start + dot(C, dy_at_start, "ji,jk")
-            passing = (h.astype(jnp.float32) * g_at_start).sum(0, keepdims=True)
-            dD_[:, at] += (wide_dy * wide_x).sum(0, keepdims=True)
-            du_at_end = dot(B, narrow_g) * to_end
-            y_of_start = dot(C, h) * since
-            du = None
+        far_, near_, prefix = far_ref.at[:, heads], near_ref.at[:, heads], prefix_ref[g]
+        dt, D, since_start, to_end = dt_ref[0, 0, heads], D_ref[0, heads], since_start_ref[heads], to_end_ref[heads]
+
+        def tall(rows, tile):
+            """A row of each head in all of its channels, [tile, Q]."""
+            rows = rows[tile * per_tile : (tile + 1) * per_tile]
+            return jnp.broadcast_to(rows[:, None], (per_tile, P, rows.shape[1])).reshape(s.tile, -1)
+
+        def by_head(v):
+            """The sum over the channels of each head."""
+            return v.reshape(-1, P, v.shape[1]).sum(1)
+
+        of_start, of_end, of_all, through, dD, start = ([] for _ in range(6))
+        whole = jnp.broadcast_to(since_start[:, Q - 1 :], (U, s.N))
+        for tile in range(U * P // s.tile):
+            at = pl.ds(pl.multiple_of(g * U * P + tile * s.tile, s.tile), s.tile)
+            h, end = h_ref[0, 0, at], g_ref[0, 0, at]
+            narrow_end = end.astype(dtype)
+            dy = dy_ref[0, :, at]
+            narrow_dy = dy.T
+            x, wide_dy = x_ref[0, :, at].T.astype(jnp.float32), narrow_dy.astype(jnp.float32)
+            u = x * tall(dt, tile)
+
+            # Of tokens on each other.
+            mixed = []
             for i in range(per_tile):
                 r = tile * per_tile + i
-                mine = s.lane(x.shape) // s.padded_P == i
-                decay = between(suffix[:, r : r + 1], far_, near_, r, earlier_rows=True)
-                one = dot((decay * scores).astype(dtype), dy)
-                du = one if du is None else jnp.where(s.lane(one.shape) < i * s.padded_P, du, one)
-                # The gradient of the mixing matrix.
-                d_mixing = jnp.where(visible, dot(jnp.where(mine, u, 0), dy, "ij,kj"), 0) * decay
-                d_scores += d_mixing
+                mine = slice(i * P, (i + 1) * P)
+                decay = between(prefix[:, r : r + 1], far_, near_, r)
+                only_mine = jnp.concatenate([u[mine] if k == i else jnp.zeros((P, Q)) for k in range(per_tile)])
+                d_mixing = fade(dot(dy, only_mine.astype(dtype)), decay)
+                d_scores_ref[...] += d_mixing
+                mixed.append(dot(narrow_dy[mine], (decay * scores).astype(dtype)))
                 # The gradient of a token's log decay: of all that passes it, a sum without a difference.
-                through = jnp.where(passed, dot((d_mixing * scores).astype(dtype), later), 0).sum(0, keepdims=True)
-                whole = jnp.where(mine[:1], passing, 0).sum(1, keepdims=True)
-                d_decay_[r : r + 1] = through + whole
-            du += du_at_end
-            # Sums over the channels of each head, as products that leave time in the lanes.
-            of_head = jax.lax.broadcasted_iota(jnp.int32, (per_tile, s.tile), 0)
-            of_head = (s.lane(of_head.shape) // s.padded_P == of_head).astype(dtype)
-            ddt_[rows] = dot(of_head, (wide_x * du).astype(dtype), "ij,kj")
-            to_end_[rows] = dot(of_head, (wide_u * du_at_end).astype(dtype), "ij,kj")
-            from_start_[rows] = dot(of_head, (wide_dy * y_of_start).astype(dtype), "ij,kj")
-            dx_[:, at] = (step * du + D_[:, at] * wide_dy).astype(dtype)
-        d_scores_ref[...] = d_scores
-        dB_ref[0, 0] = dB
-        dC_ref[0, 0] = dC
+                passing = dot((d_mixing * scores).astype(dtype), earlier)
+                through.append(jnp.where(passed_ref[...] > 0, passing, 0).sum(0, keepdims=True))
+
+            # Of tokens on the state at the end.
+            fading = tall(to_end, tile)
+            from_end = fade(dot(narrow_end, B, "ij,kj"), fading)
+            of_end.append(by_head(u * from_end))
+            dB_ref[0, 0] += dot((u * fading).astype(dtype), narrow_end, "ji,jk")
+            du = jnp.concatenate(mixed) + from_end
+            of_all.append(by_head(x * du))
+            dx_ref[0, :, at] = (tall(dt, tile) * du + tall(D, tile) * wide_dy).astype(dtype).T
+            dD.append(by_head(x * wide_dy))
+
+            # Of the state at the start on tokens.
+            fading = tall(since_start, tile)
+            of_start.append(by_head(wide_dy * fade(dot(h, C, "ij,kj"), fading)))
+            faded = (wide_dy * fading).astype(dtype)
+            dC_ref[0, 0] += dot(faded, h, "ji,jk")
+            end = fade(end, tall(whole, tile))
+            g_ref[0, 0, at] = end + dot(faded, C)
+            start.append(by_head(h * end))
+        of_start, of_end, of_all, through, dD, start = map(
+            jnp.concatenate, (of_start, of_end, of_all, through, dD, start)
+        )
+        ddt_ref[0, 0, heads] = of_all
+        dD_ref[0, 0, heads] += dD
+        d_decay = dot(of_start.astype(dtype), later) + dot(of_end.astype(dtype), earlier)
+        d_decay_ref[0, 0, heads] = d_decay + through + start.sum(1, keepdims=True)
         return 0
 
     if U == s.R:
         body(0, 0)
     else:
         jax.lax.fori_loop(0, s.R // U, body, 0)
-    later = later.astype(jnp.float32)
-    d_decay_ref[0, 0] += dot(from_start_ref[...], later) + dot(to_end_ref[...], 1 - later)
     d_scores = d_scores_ref[...].astype(dtype)
-    dB_ref[0, 0] += dot(d_scores, C)
-    dC_ref[0, 0] += dot(d_scores, B, "ji,jk")
-
-    @pl.when(k == pl.num_programs(2) - 1)
-    def _():
-        start_ref[0, 0] = g_ref[...]
+    dB_ref[0, 0] += dot(d_scores, C, "ji,jk")
+    dC_ref[0, 0] += dot(d_scores, B)

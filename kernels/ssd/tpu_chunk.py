@@ -32,7 +32,10 @@ class Sizes(NamedTuple):
         layouts = [(H + -H % max(1, 128 // width), width) for width in widths]
         padded_H, padded_P = min(layouts, key=lambda layout: (math.prod(layout), layout[0]))
         step = max(1, 128 // padded_P)
-        R = max((R for R in range(step, max(step, heads) + 1, step) if padded_H % R == 0), default=step)
+        # Whole registers of 8 rows, where that is possible.
+        R = max(
+            (R for R in range(step, max(step, heads) + 1, step) if padded_H % R == 0), key=lambda R: (R % 8 == 0, R)
+        )
         return cls(G, H, P, N, padded_H, padded_P, R, chunk)
 
     @property
@@ -78,15 +81,15 @@ class Sizes(NamedTuple):
         return v.swapaxes(1, 2).reshape(v.shape[0], self.J, self.R, -1)
 
     def state_in(self, h):
-        """[B, H, P, N] to [B, J, N, lanes]."""
-        h = self.pad_heads(jnp.moveaxis(h, 3, 1).reshape(h.shape[0], self.N, -1), channels=True)
-        return jnp.moveaxis(h.reshape(h.shape[0], self.N, self.J, -1), 1, 2)
+        """[B, H, P, N] to [B, J, lanes, N]."""
+        h = h.reshape(-1, self.G, self.H, self.P, self.N)
+        more = (0, self.padded_H - self.H), (0, self.padded_P - self.P)
+        return jnp.pad(h, ((0, 0), (0, 0), *more, (0, 0))).reshape(-1, self.J, self.lanes, self.N)
 
     def state_out(self, h):
         """The inverse."""
-        batch = h.shape[0]
-        h = self.cut_heads(jnp.moveaxis(h, 2, 1).reshape(batch, self.N, -1), channels=True)
-        return jnp.moveaxis(h.reshape(batch, self.N, -1, self.P), 1, 3)
+        h = h.reshape(-1, self.G, self.padded_H, self.padded_P, self.N)[:, :, : self.H, : self.P]
+        return h.reshape(-1, self.G * self.H, self.P, self.N)
 
     def specs(self, chunks, reverse):
         """The blocks of a grid over batch, heads and time, by the kind of array."""
@@ -103,14 +106,16 @@ class Sizes(NamedTuple):
             "block": pl.BlockSpec((1, 1, Q, N), lambda b, j, k: (b, j, at(k), 0)),
             "time": pl.BlockSpec((1, 1, Q), lambda b, j, k: (b, 0, at(k))),
             "D": pl.BlockSpec((1, lanes), lambda b, j, k: (0, j)),
-            "state": pl.BlockSpec((1, 1, N, lanes), lambda b, j, k: (b, j, 0, 0)),
-            "sum": pl.BlockSpec((1, 1, 1, lanes), lambda b, j, k: (b, j, 0, 0)),
-            "states": pl.BlockSpec((1, 1, N, lanes), lambda b, j, k: (b, at(k), 0, j)),
+            "heads": pl.BlockSpec((1, R, Q), lambda b, j, k: (j, 0, 0)),
+            "sums": pl.BlockSpec((1, 1, R, Q), lambda b, j, k: (b, j, 0, 0)),
+            "state": pl.BlockSpec((1, 1, lanes, N), lambda b, j, k: (b, j, 0, 0)),
+            "wide state": pl.BlockSpec((1, 1, N, lanes), lambda b, j, k: (b, j, 0, 0)),
+            "states": pl.BlockSpec((1, 1, lanes, N), lambda b, j, k: (b, at(k), j, 0)),
         }
 
     def scratch(self):
-        """The state or its gradient, and the decays."""
-        sizes = (self.N, self.lanes), (self.Q // BLOCK, self.R, self.Q), (BLOCK, self.R, self.Q)
+        """The decays."""
+        sizes = (self.Q // BLOCK, self.R, self.Q), (BLOCK, self.R, self.Q)
         return [pltpu.VMEM(size, jnp.float32) for size in sizes]
 
     def lane(self, shape):
@@ -124,7 +129,7 @@ def arguments(groups):
     return "B T H", "B T H", "B T H", shared, shared, "H", "B H P N", "B T"
 
 
-def inward(s, x, dt, log_decay, B, C, D):
+def inward(s, x, dt, log_decay, B, C):
     """The inputs as the kernels read them; the log decay is to base 2."""
     return (
         s.pad_heads(s.pad_time(x), channels=True),
@@ -132,7 +137,6 @@ def inward(s, x, dt, log_decay, B, C, D):
         s.rows(log_decay * math.log2(math.e)),
         s.pad_time(B).swapaxes(1, 2),
         s.pad_time(C).swapaxes(1, 2),
-        s.pad_heads(jnp.repeat(D, s.P)[None], channels=True),
     )
 
 
@@ -162,13 +166,6 @@ class Spread:
             rest -= parts[-1]
         self.columns = jnp.concatenate(parts).T.astype(jnp.bfloat16)
 
-    def all(self):
-        """Of all tiles, [Q, lanes]."""
-        s = self.s
-        head, lane = (jax.lax.broadcasted_iota(jnp.int32, (3 * s.R, s.lanes), axis) for axis in (0, 1))
-        ones = (head % s.R == lane // s.padded_P).astype(jnp.bfloat16)
-        return dot(self.columns, ones)
-
     def __call__(self, tile):
         """[Q, tile]."""
         s = self.s
@@ -185,41 +182,35 @@ class Decays(NamedTuple):
     """
 
     prefix: jax.Array  # [R, Q]: from before the token's block, itself included
-    suffix: jax.Array  # [R, Q]: from after the token to the end of its block
     since_start: jax.Array  # [R, Q]: from before the chunk, the token included
     to_end: jax.Array  # [R, Q]: from after the token to the chunk's end
-    blocks: jax.Array  # [R, Q / 8]: from before the chunk to before the block, or from after the block to the end
+    blocks: jax.Array  # [R, Q / 8]: from before the chunk to before the block
 
     @classmethod
-    def of(cls, log2_decay, far_ref, near_ref, *, earlier_rows):
+    def of(cls, log2_decay, far_ref, near_ref):
         """Also fill far [Q / 8, R, Q] and near [8, R, Q], which `between` reads."""
         Q = log2_decay.shape[1]
         lane = jax.lax.broadcasted_iota(jnp.int32, log2_decay.shape, 1)
         block, inside = lane // BLOCK, lane % BLOCK
-        before = after = jnp.zeros_like(log2_decay)
-        for d in range(BLOCK):
-            if d > 0:
-                after += jnp.where(inside + d < BLOCK, pltpu.roll(log2_decay, Q - d, 1), 0)
-            near_ref[d] = jnp.exp2(before if earlier_rows else after)
-            before += jnp.where(inside >= d, pltpu.roll(log2_decay, d, 1), 0) if d > 0 else log2_decay
+        before, after = log2_decay, jnp.zeros_like(log2_decay)
+        near_ref[0] = jnp.exp2(after)
+        for d in range(1, BLOCK):
+            after += jnp.where(inside + d < BLOCK, pltpu.roll(log2_decay, Q - d, 1), 0)
+            before += jnp.where(inside >= d, pltpu.roll(log2_decay, d, 1), 0)
+            near_ref[d] = jnp.exp2(after)
         prefix, suffix = jnp.exp2(before), jnp.exp2(after)
         blocks = range(Q // BLOCK)
         whole = [jnp.broadcast_to(prefix[:, b * BLOCK + 7 : b * BLOCK + 8], prefix.shape) for b in blocks]
-        to_end = since_start = jnp.zeros_like(prefix)
-        for b in blocks:
-            if not earlier_rows:
-                far_ref[b] = to_end
-            to_end = jnp.where(block == b, suffix, to_end * whole[b])
-        for b in reversed(blocks):
-            if earlier_rows:
-                far_ref[b] = since_start
-            since_start = jnp.where(block == b, prefix, since_start * whole[b])
+        to_end = since_start = outside = jnp.zeros_like(prefix)
         passed = jnp.ones_like(prefix)
-        outside = jnp.zeros_like(prefix)
-        for b in reversed(blocks) if earlier_rows else blocks:
+        for b in blocks:
+            far_ref[b] = to_end
+            to_end = jnp.where(block == b, suffix, to_end * whole[b])
             outside = jnp.where(lane == b, passed, outside)
             passed *= whole[b]
-        return cls(prefix, suffix, since_start, to_end, outside[:, : len(blocks)])
+        for b in reversed(blocks):
+            since_start = jnp.where(block == b, prefix, since_start * whole[b])
+        return cls(prefix, since_start, to_end, outside[:, : len(blocks)])
 
 
 def side_by_side(s, columns_QxR, tile):
@@ -233,16 +224,16 @@ def side_by_side(s, columns_QxR, tile):
     return out
 
 
-def between(column, far_ref, near_ref, r, *, earlier_rows):
-    """The [Q, Q] decays of head r between the tokens of rows and lanes; the wrong side of the diagonal is finite."""
+def between(prefix_Qx1, far_ref, near_ref, r):
+    """The decays of head r, [Q, Q], from the tokens of lanes to those of rows; 0 above the diagonal."""
     Q = far_ref.shape[2]
     shape = Q // BLOCK, BLOCK, Q
     block, row, lane = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(3))
-    distance = (lane[:1] % BLOCK - row[:1]) * (1 if earlier_rows else -1)
+    distance = row[:1] - lane[:1] % BLOCK
     near = jnp.zeros((1, BLOCK, Q), jnp.float32)
     for d in range(BLOCK):
         near = jnp.where(distance == d, near_ref[d, r : r + 1][None], near)
-    far = jnp.broadcast_to(column, (Q, Q)).reshape(shape) * far_ref[:, r : r + 1]
+    far = jnp.broadcast_to(prefix_Qx1, (Q, Q)).reshape(shape) * far_ref[:, r : r + 1]
     return jnp.where(lane // BLOCK == block, near, far).reshape(Q, Q)
 
 

@@ -6,11 +6,12 @@ import jax.numpy as jnp
 from phyla.kernels.arguments import align, check
 from phyla.kernels.dispatch import resolve
 from phyla.kernels.segments import starts
+from phyla.kernels.wkv7.gpu import wkv7_gpu
 from phyla.kernels.wkv7.reference import wkv7_reference
 from phyla.kernels.wkv7.tpu import wkv7_tpu
 from phyla.kernels.wkv7.xla import wkv7_xla
 
-IMPLEMENTATIONS = {"reference": wkv7_reference, "xla": wkv7_xla, "tpu": wkv7_tpu}
+IMPLEMENTATIONS = {"reference": wkv7_reference, "xla": wkv7_xla, "tpu": wkv7_tpu, "gpu": wkv7_gpu}
 
 
 def wkv7(
@@ -46,11 +47,11 @@ def wkv7(
         initial_state: S before the first token, [B, H, V, K]; None is zeros. It belongs to the first token's segment.
         segment_ids: integers, [B, T]; the state is zero at the start of every token whose id differs from that of
             the token before it.
-        implementation: "reference", "xla", "tpu" or None, the best for the backend.
+        implementation: "reference", "xla", "tpu", "gpu" or None, the best for the backend.
 
     Returns:
         y, [B, T, H, V] in the dtype of v, and the state after the last token, float32 [B, H, V, K].
-        ("reference" computes in float64 when v is float64; "xla" refuses it.)
+        ("reference" computes in float64 when v is float64; the others refuse it.)
 
     Raises:
         ValueError: a shape or dtype does not fit, or the implementation is unknown.

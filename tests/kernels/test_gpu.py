@@ -13,7 +13,9 @@ from phyla.kernels import gpu
 from phyla.kernels.dispatch import Unfit
 from phyla.kernels.mlstm import mlstm
 from phyla.kernels.selective_scan import selective_scan
+from phyla.kernels.slstm import slstm
 from phyla.kernels.ssd import ssd
+from phyla.kernels.wkv7 import wkv7
 from tests.kernels.ops import OPS
 from tests.kernels.test_ops import Case, cast, error, problem, run
 
@@ -71,6 +73,14 @@ PROBLEMS = {
         dict.fromkeys("qkv", ((B, T, 16, 128), True)) | dict.fromkeys("if", ((B, T, 16), False)),
         chips=("h100",),
     ),
+    "slstm": Problem(
+        slstm,
+        dict.fromkeys("ifzo", ((B, T, 4, 64), True)) | {"R": ((4, 4, 64, 64), False), "bias": ((4, 4, 64), False)},
+        chips=("h100",),
+    ),
+    "wkv7": Problem(
+        wkv7, dict.fromkeys(("r", "k", "v", "a", "b"), ((B, T, 32, 64), True)) | {"log_w": ((B, T, 32, 64), False)}
+    ),
 }
 CASES = [(name, chip) for name, problem in PROBLEMS.items() for chip in gpu.CHIPS]
 
@@ -114,10 +124,25 @@ def draw_mlstm_state(rng, B):
     return rng.normal(size=(B, 1, 66, 64)), rng.normal(size=(B, 1, 66)), rng.uniform(0, 2, (B, 1))
 
 
+def draw_wkv7(rng, B, T, wide):
+    keys = rng.normal(size=(B, T, 1, 5))
+    keys /= np.linalg.norm(keys, axis=-1, keepdims=True)
+    r, k = rng.normal(size=(2, B, T, 1, 5))
+    log_w = -(10 ** rng.uniform(-2, 0, (B, T, 1, 5)))
+    return {"r": r, "log_w": log_w, "k": k, "v": rng.normal(size=(B, T, 1, 70)), "a": -keys, "b": keys / 2}
+
+
+def state(*shape):
+    return lambda rng, B: rng.normal(size=(B, *shape))
+
+
+AT_EDGES = Case(1, 150, ((3, 64, 100, 127),))
 LARGE = {
-    "mlstm": OPS["mlstm"]._replace(draw=draw_mlstm, draw_state=draw_mlstm_state, output_shape=(1, 64)),
-    "ssd": OPS["ssd"]._replace(
-        draw=draw_ssd, draw_state=lambda rng, B: rng.normal(size=(B, 2, 70, 66)), output_shape=(2, 70)
+    "mlstm": (OPS["mlstm"]._replace(draw=draw_mlstm, draw_state=draw_mlstm_state, output_shape=(1, 64)), AT_EDGES),
+    "ssd": (OPS["ssd"]._replace(draw=draw_ssd, draw_state=state(2, 70, 66), output_shape=(2, 70)), AT_EDGES),
+    "wkv7": (
+        OPS["wkv7"]._replace(draw=draw_wkv7, draw_state=state(1, 70, 5), output_shape=(1, 70)),
+        Case(1, 19, ((3, 8),)),
     ),
 }
 
@@ -126,7 +151,7 @@ LARGE = {
 @pytest.mark.parametrize("name", LARGE)
 def test_across_chunks_and_blocks(name):
     """Documents that begin inside a chunk, at its edges and beyond the first; a last chunk that is not whole."""
-    op, case = LARGE[name], Case(1, 150, ((3, 64, 100, 127),))
+    op, case = LARGE[name]
     given = problem(op, case)
     with jax.enable_x64(True):
         wanted = jax.tree.map(np.asarray, run(op, *given, implementation="reference"))

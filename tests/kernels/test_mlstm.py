@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from phyla.kernels.mlstm import mlstm
+from phyla.kernels.dispatch import Unfit
+from phyla.kernels.mlstm import mlstm, tpu, tpu_chunk
 from phyla.kernels.mlstm.xla import CHUNK
+from phyla.training import targets
+from tests.kernels.chip import temporaries
 from tests.kernels.ops import OPS
 from tests.kernels.ops.mlstm import H, K, V, draw, log_sigmoid
 from tests.kernels.test_ops import Case, cast, error, expected, problem, run
@@ -29,6 +32,65 @@ def test_several_chunks(name, case):
     op = OPS[name]
     outputs_and_gradients = run(op, *cast(problem(op, case), jnp.float32), implementation="xla")
     assert error(outputs_and_gradients, expected(name, case)) < 4e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        ("mlstm", Case(1, 41, ((7, 8, 16, 36),))),
+        pytest.param("mlstm", Case(1, 48), marks=pytest.mark.slow),
+        pytest.param("mlstm_sigmoid", Case(1, 41, ((7, 8, 16, 36),)), marks=pytest.mark.slow),
+        pytest.param("mlstm", Case(1, 42, ((3, 39),), wide=True), marks=pytest.mark.slow),
+    ],
+)
+def test_the_kernel_over_several_chunks_of_two_tiles(name, case, monkeypatch):
+    """The suite's sizes fill neither a chunk of the kernel's nor a tile."""
+    monkeypatch.setattr(tpu, "CHUNK", dict.fromkeys(tpu.CHUNK, 16))
+    monkeypatch.setattr(tpu_chunk, "TILE", 8)
+    found = run(OPS[name], *cast(problem(OPS[name], case), jnp.float32), implementation="tpu")
+    assert error(found, expected(name, case)) < 1e-4
+
+
+@pytest.mark.slow
+def test_the_kernel_as_it_is_on_the_chip():
+    """Its own chunks and tiles, of heads of two sizes, and one head at a time of three."""
+    rng = np.random.default_rng(0)
+    for (heads, size), T in {(3, 129): 300, (2, 100): 150}.items():
+        arguments = [rng.normal(size=(1, T, heads, size)) for _ in range(3)]
+        arguments += [rng.uniform(-3, 3, (1, T, heads)) for _ in range(2)]
+        segment_ids = jnp.arange(T)[None] // 140
+
+        def both(implementation, given, segment_ids=segment_ids):
+            call = functools.partial(mlstm, segment_ids=segment_ids, implementation=implementation)
+            outputs, vjp = jax.vjp(call, *given)
+            return outputs, vjp(jax.tree.map(jnp.sin, outputs))
+
+        with jax.enable_x64(True):
+            wanted = jax.tree.map(np.asarray, both("reference", arguments))
+        assert error(both("tpu", cast(arguments, jnp.float32)), wanted) < 1e-4
+
+
+def test_heads_that_do_not_fit_run_elsewhere():
+    """Asked for by name, the kernel raises; chosen for its chip, it steps aside and says why."""
+    x, gate = jax.ShapeDtypeStruct((1, 300, 1, 2048), jnp.float32), jax.ShapeDtypeStruct((1, 300, 1), jnp.float32)
+    with pytest.raises(Unfit, match=r"heads of 2048 x 2048 and chunks of 256 tokens need .* of 48 MB VMEM"):
+        jax.eval_shape(functools.partial(mlstm, implementation="tpu"), x, x, x, gate, gate)
+    with jax.set_mesh(targets.mesh("v5e")), pytest.warns(UserWarning, match="mlstm: no tpu kernel fits, so xla runs"):
+        jax.eval_shape(mlstm, x, x, x, gate, gate)
+
+
+def test_memory_of_a_training_step_with_the_kernel():
+    """Beside arguments and gradients: the memories at the starts of chunks, the gates' rows, and h's gradient."""
+    T, heads, size = 2**18, 1, 128  # so many that they do not stay on the chip
+    x = jax.ShapeDtypeStruct((1, T, heads, size), jnp.bfloat16)
+    gate = jax.ShapeDtypeStruct((1, T, heads), jnp.float32)
+
+    def loss(*arguments):
+        return jnp.sum(mlstm(*arguments)[0].astype(jnp.float32) ** 2)
+
+    used = temporaries(jax.grad(loss, argnums=(0, 1, 2, 3, 4)), x, x, x, gate, gate)
+    memories, gates = heads * (2 * size * size + 4 * size) / tpu.CHUNK[128], heads * (32 + 8 + 32)
+    assert used / T < memories + gates + 2 * heads * size
 
 
 @pytest.mark.parametrize("name", ["mlstm", "mlstm_sigmoid"])
@@ -52,7 +114,7 @@ def test_gates_at_their_extremes(name, i, f):
     assert error(found, wanted) < 4e-6
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("implementation", ["reference", "xla", pytest.param("tpu", marks=pytest.mark.slow)])
 def test_results_are_finite_for_any_gates(implementation):
     rng = np.random.default_rng(0)
     arguments = draw(rng, 2, CHUNK + 8, wide=False)

@@ -29,12 +29,19 @@ every_op = pytest.mark.parametrize("name", OPS)
 PAIRS = [(name, implementation) for name, op in OPS.items() for implementation in ("reference", *op.fast)]
 COMPILED = [pair for pair in PAIRS if pair[1] not in BACKENDS]
 INTERPRETED = [pair for pair in PAIRS if pair[1] in BACKENDS]
-every_implementation = pytest.mark.parametrize(("name", "implementation"), PAIRS)
-every_compiled_implementation = pytest.mark.parametrize(("name", "implementation"), COMPILED)
-every_interpreted_implementation = pytest.mark.parametrize(("name", "implementation"), INTERPRETED)
-every_fast_implementation = pytest.mark.parametrize(
-    ("name", "implementation"), [pair for pair in PAIRS if pair[1] != "reference"]
-)
+
+
+def _slow_on_gpu(pairs):
+    """The interpreter of GPU kernels calls back for every access: two calls of each op are in the quick set."""
+    marked = [pytest.param(*pair, marks=pytest.mark.slow if pair[1] == "gpu" else ()) for pair in pairs]
+    return pytest.mark.parametrize(("name", "implementation"), marked)
+
+
+every_implementation_quickly = pytest.mark.parametrize(("name", "implementation"), PAIRS)
+every_implementation = _slow_on_gpu(PAIRS)
+every_compiled_implementation = _slow_on_gpu(COMPILED)
+every_interpreted_implementation = _slow_on_gpu(INTERPRETED)
+every_fast_implementation = _slow_on_gpu(pair for pair in PAIRS if pair[1] != "reference")
 
 
 class Case(NamedTuple):
@@ -57,7 +64,7 @@ CASES = {
     "wide": Case(2, 40, wide=True),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-QUICK = ("one token", "no state", "segments", "wide")
+QUICK = {"tpu": ("one token", "no state", "segments", "wide"), "gpu": ("segments",)}
 """The cases in which kernels are interpreted in the quick set."""
 
 
@@ -163,7 +170,7 @@ def cast(tree, dtype):
 
 def _each_case(pairs):
     for (name, implementation), title in itertools.product(pairs, CASES):
-        slow = implementation in BACKENDS and title not in QUICK
+        slow = title not in QUICK.get(implementation, CASES)
         marks = pytest.mark.slow if slow else ()
         yield pytest.param(name, implementation, CASES[title], id=f"{name}-{implementation}-{title}", marks=marks)
 
@@ -176,7 +183,7 @@ def test_float32(name, implementation, case):
     assert error((outputs, gradients), expected(name, case)) < tolerance(op, implementation, wide=case.wide)
 
 
-@every_implementation
+@every_implementation_quickly
 def test_bfloat16(name, implementation):
     op, case = OPS[name], CASES["segments"]
     arguments, state, segment_ids, cotangents = problem(op, case)
@@ -200,7 +207,7 @@ def test_bfloat16(name, implementation):
 def _each_split():
     for name, implementation in PAIRS:
         if implementation != "reference":
-            yield pytest.param(name, implementation, 20)
+            yield pytest.param(name, implementation, 20, marks=pytest.mark.slow if implementation == "gpu" else ())
             yield pytest.param(name, implementation, 1, marks=pytest.mark.slow if implementation in BACKENDS else ())
 
 
@@ -226,7 +233,7 @@ def test_split_anywhere(name, implementation, split):
     assert error(outputs_and_gradients(arguments, state), expected(name, case)) < tolerance(op, implementation)
 
 
-@every_implementation
+@every_implementation_quickly
 def test_token_by_token_under_scan(name, implementation):
     """Decoding: a scan over calls with T = 1 that carries the state."""
     op, case = OPS[name], Case(2, 33)

@@ -50,5 +50,5 @@ OP = Op(
     by_token=frozenset("ifzo"),
     output_shape=(H, P),
     loud=frozenset("ifzo"),
-    fast=("xla", "tpu"),
+    fast=("xla", "tpu", "gpu"),
 )

@@ -42,5 +42,5 @@ OP = Op(
     by_token=frozenset({"r", "log_w", "k", "v", "a", "b"}),
     output_shape=(H, V),
     loud=frozenset({"v"}),
-    fast=("xla", "tpu"),
+    fast=("xla", "tpu", "gpu"),
 )
