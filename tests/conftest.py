@@ -4,6 +4,7 @@ Tests compile much and compute little, so the compiler optimises little; a test 
 (its memory) takes the `optimised` fixture.
 """
 
+import itertools
 import os
 from pathlib import Path
 
@@ -27,3 +28,14 @@ def optimised():
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+ended = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def few_programs():
+    """Every compiled program stays mapped into the process, which may map 65,530 regions; then the next one crashes it."""
+    yield
+    if next(ended) % 50 == 0:
+        jax.clear_caches()
