@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu is here for its compiler; do not look for a chip
-# A virtual device whose thread the machine starves must delay a collective operation, not end the process (default 40 s).
+# A virtual device whose thread the machine starves must delay a collective, not end the process (default 40 s).
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_collective_call_terminate_timeout_seconds=600"
 
 import jax
@@ -35,7 +35,7 @@ ended = itertools.count(1)
 
 @pytest.fixture(autouse=True)
 def few_programs():
-    """Every compiled program stays mapped into the process, which may map 65,530 regions; then the next one crashes it."""
+    """A compiled program stays mapped into the process, which may map 65,530 regions: the next one crashes it."""
     yield
     if next(ended) % 50 == 0:
         jax.clear_caches()
