@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu is here for its compiler; do not look for a chip
-# A virtual device whose thread the machine starves must delay a collective operation, not end the process (default 40 s).
+# A virtual device whose thread the machine starves delays a collective operation, which must not end the process.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_collective_call_terminate_timeout_seconds=600"
 
 import jax
