@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from phyla.models.weights import Initializer, Weight, constant, parameter
+from phyla.models.weights import Initializer, Weight, constant, materialize, parameter
 
 
 class HeadwiseLinear(nnx.Module):
@@ -20,8 +20,7 @@ class HeadwiseLinear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., D], in x's dtype."""
-        weight = self.weight
-        dense = jax.vmap(lambda w: w.materialize())(weight) if isinstance(weight, Weight) else weight[...]
+        dense = materialize(self.weight)
         # In float32: small blocks are bound by memory, and XLA:CPU has no batched product of bfloat16 into float32.
         y_NxGxO = jnp.einsum("ngi,gio->ngo", x.reshape(-1, *dense.shape[:2]).astype(jnp.float32), dense)
         y = y_NxGxO.astype(x.dtype).reshape(x.shape)

@@ -8,7 +8,18 @@ from flax import nnx
 
 from phyla.kernels.grouped_matmul import grouped_matmul
 from phyla.models.config import ModelConfig
-from phyla.models.weights import Initializer, Weight, constant, fan_in, materialize, matmul, normal, parameter
+from phyla.models.weights import (
+    Initializer,
+    Weight,
+    constant,
+    fan_in,
+    materialize,
+    matmul,
+    matmul_transposed,
+    normal,
+    parameter,
+    take,
+)
 
 ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -47,8 +58,11 @@ class Linear(nnx.Module):
         *,
         bias: bool = False,
         init: Initializer | None = None,
+        precise: str = "",
     ):
-        self.weight: nnx.Param | Weight = parameter(init or fan_in(), shape, axes, rngs, weight_decay=True, matrix=True)
+        self.weight: nnx.Param | Weight = parameter(
+            init or fan_in(), shape, axes, rngs, weight_decay=True, matrix=True, precise=precise
+        )
         self.bias = parameter(constant(0.0), shape[1:], axes[1:], rngs) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -84,9 +98,7 @@ class ExpertLinear(nnx.Module):
 
         Rows after those of the last expert give zeros.
         """
-        weight = self.weight
-        dense = jax.vmap(lambda w: w.materialize())(weight) if isinstance(weight, Weight) else weight[...]
-        return grouped_matmul(x, dense, sizes)
+        return grouped_matmul(x, materialize(self.weight), sizes)
 
     def chosen(self, x: jax.Array, expert: jax.Array) -> jax.Array:
         """[N, in] -> [N, out], row n by the matrix of expert[n]: for few rows, since each reads a whole matrix."""
@@ -102,12 +114,11 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """Integers [...] -> float32 [..., D]."""
-        return jnp.take(materialize(self.weight), ids, axis=0)
+        return take(self.weight, ids)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """[..., D] -> float32 [..., rows]."""
-        table = materialize(self.weight).astype(x.dtype)
-        return jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)
+        return matmul_transposed(x, self.weight)
 
 
 class RMSNorm(nnx.Module):

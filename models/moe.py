@@ -83,7 +83,7 @@ class MoE(Layer):
         self.config = config
         E, d, hidden = config.experts, model.width, config.hidden(model)
         experts = functools.partial(ExpertLinear, E, rngs=rngs, share=config.top_k / E)
-        self.router = Linear((d, E), ("embed", "experts"), rngs, init=normal(0.02))
+        self.router = Linear((d, E), ("embed", "experts"), rngs, init=normal(0.02), precise="it chooses the experts")
         self.up = experts((d, hidden), ("embed", "mlp"))
         self.down = experts((hidden, d), ("mlp", "embed"), init=fan_in(1 / math.sqrt(2 * model.layers)))
         self.gate = experts((d, hidden), ("embed", "mlp")) if config.gated else None

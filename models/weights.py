@@ -26,6 +26,7 @@ def parameter(
     matrix: bool = False,
     learning_rate: float = 1.0,
     share: float = 1.0,
+    precise: str = "",
 ) -> nnx.Param:
     """A float32 parameter and what the rest of the house needs to know of it.
 
@@ -38,6 +39,8 @@ def parameter(
         matrix: whether it multiplies activations from the right, (in, out); Muon orthogonalises these.
         learning_rate: multiplies the optimizer's learning rate.
         share: the part of it that a token uses (of a mixture's experts, those chosen).
+        precise: why compression leaves this matrix as it is; empty: it need not. What is neither a matrix nor a table
+            of the vocabulary stays as it is anyway.
     """
     if len(axes) != len(shape):
         raise ValueError(f"axes {axes} do not name the dimensions of shape {shape}")
@@ -48,6 +51,7 @@ def parameter(
         matrix=matrix,
         learning_rate=learning_rate,
         share=share,
+        precise=precise,
     )
 
 
@@ -82,7 +86,25 @@ def constant(value: float) -> Initializer:
 
 
 class Weight(nnx.Module, abc.ABC):
-    """A matrix of shape (in, out) held in another form than one dense array."""
+    """A matrix of shape (in, out) held in another form than one dense array.
+
+    Where several are stacked (over layers or experts), all leaves are, and the methods are for scan or vmap.
+    """
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """(…, in, out), with the dimensions over which it is stacked."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of everything that it holds: codes, scales, indices."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of everything that it holds over the elements of the dense matrix."""
+        return 8 * self.nbytes / math.prod(self.shape)
 
     @abc.abstractmethod
     def matmul(self, x: jax.Array) -> jax.Array:
@@ -92,6 +114,14 @@ class Weight(nnx.Module, abc.ABC):
     def materialize(self) -> jax.Array:
         """The dense float32 matrix, [in, out]."""
 
+    def take(self, rows: jax.Array) -> jax.Array:
+        """Rows of the matrix, float32 [..., out], by their numbers, integers [...]."""
+        return jnp.take(self.materialize(), rows, axis=0)
+
+    def matmul_transposed(self, x: jax.Array) -> jax.Array:
+        """x [..., out] times the transposed matrix, float32 [..., in]."""
+        return _dense_transposed(x, self.materialize())
+
 
 def matmul(x: jax.Array, weight: nnx.Param | Weight) -> jax.Array:
     """x [..., in] times weight [in, out], in x's dtype."""
@@ -99,8 +129,27 @@ def matmul(x: jax.Array, weight: nnx.Param | Weight) -> jax.Array:
 
 
 def materialize(weight: nnx.Param | Weight) -> jax.Array:
-    """The dense float32 matrix."""
-    return weight.materialize() if isinstance(weight, Weight) else weight[...]
+    """The dense float32 matrix, or all of a stack, [..., in, out]."""
+    if not isinstance(weight, Weight):
+        return weight[...]
+    one = type(weight).materialize
+    for _ in weight.shape[:-2]:
+        one = jax.vmap(one)
+    return one(weight)
+
+
+def take(weight: nnx.Param | Weight, rows: jax.Array) -> jax.Array:
+    """Rows of the matrix, float32 [..., out], by their numbers, integers [...]."""
+    return weight.take(rows) if isinstance(weight, Weight) else jnp.take(weight[...], rows, axis=0)
+
+
+def matmul_transposed(x: jax.Array, weight: nnx.Param | Weight) -> jax.Array:
+    """x [..., out] times the transposed weight [in, out], float32 [..., in]."""
+    return weight.matmul_transposed(x) if isinstance(weight, Weight) else _dense_transposed(x, weight[...])
+
+
+def _dense_transposed(x: jax.Array, w: jax.Array) -> jax.Array:
+    return jnp.einsum("...o,io->...i", x, w.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
 @functools.partial(jax.custom_vjp)

@@ -200,6 +200,57 @@ def generate(arguments: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Compress:
+    """Makes a smaller run of a run, and tells what it cost.
+
+    Methods are applied in their order; the result can be evaluated, continued with `generate`, exported and compressed
+    again.
+
+    examples:
+      phyla compress --list
+      phyla compress runs/RUN int8 --out runs/RUN-int8
+      phyla compress runs/RUN magnitude-2:4+nf4 --out runs/RUN-small
+    """
+
+    run: Annotated[Path | None, Positional, arg(metavar="RUN")] = None
+    """The run's folder."""
+    recipe: Annotated[tuple[str, ...], Positional, arg(metavar="[RECIPE ...]")] = ()
+    """Methods, chained with + or one after the other."""
+    out: Path | None = None
+    """The new run's folder: new or empty."""
+    list: bool = False
+    """Only explain every method, in a line each."""
+    json: Path | None = None
+    """Where the figures go as JSON; None: compression.json in the new run."""
+
+    def __post_init__(self):
+        if self.list:
+            return
+        if self.run is None:
+            raise UserError("RUN must be given")
+        if not self.recipe:
+            raise UserError("name at least one method (`phyla compress --list` explains them)")
+        if self.out is None:
+            raise UserError("--out must be given")
+
+
+def compress(arguments: Sequence[str]) -> None:
+    """`phyla compress RUN RECIPE ... --out OUT`."""
+    options = parse(Compress, arguments, prog="phyla compress")
+    from phyla.compression import recipes
+
+    if options.list:
+        print(recipes.explained())
+        return
+    chosen = recipes.parse("+".join(options.recipe))
+    assert options.run is not None
+    assert options.out is not None
+    from phyla.training.compress import compress_run
+
+    compress_run(options.run, chosen, options.out, json=options.json)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Import:
     """Makes a run of a model that another library wrote.
 

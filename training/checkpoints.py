@@ -66,10 +66,10 @@ class Checkpoints:
         metrics = {METRIC: math.inf if bits_per_byte is None else bits_per_byte}
         self._manager.save(int(state.step), args=ocp.args.Composite(**items), metrics=metrics)
 
-    def save_params(self, params: nnx.State) -> None:
-        """Writes parameters alone, as step 0."""
+    def save_params(self, params: nnx.State, step: int = 0) -> None:
+        """Writes parameters alone."""
         args = ocp.args.Composite(params=ocp.args.StandardSave(params))
-        self._manager.save(0, args=args, metrics={METRIC: math.inf})
+        self._manager.save(step, args=args, metrics={METRIC: math.inf})
 
     def restore(self, step: int, abstract: TrainState, data: grain.DatasetIterator) -> tuple[TrainState, dict]:
         """The state of a step, laid out as `abstract` says (shapes, dtypes, shardings); sets `data` to its position."""

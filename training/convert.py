@@ -4,12 +4,15 @@ import json
 import math
 from pathlib import Path
 
+import jax
+import numpy as np
 from rich.console import Console
 
+from phyla.compression.matrices import dotted, weights
 from phyla.models import formats
-from phyla.models.errors import UserError
 from phyla.models.formats import folder as folders
-from phyla.models.formats.source import Source, from_state, load, to_state
+from phyla.models.formats.source import Source, load, to_state
+from phyla.models.weights import materialize
 from phyla.training import run, saved
 from phyla.training.checkpoints import write_params
 from phyla.training.config import Experiment
@@ -22,8 +25,7 @@ def import_model(source: Path, out: Path) -> None:
 
     Raises UserError if the source cannot be read, naming the file, flag or tensor, or if `out` has files.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not an empty folder")
+    run.check_new(out)
     found = formats.open_source(source)
     tokenizer = find_tokenizer(found)
     parameters = load(found)
@@ -51,7 +53,7 @@ def find_tokenizer(source: Source) -> Tokenizer | None:
 
 
 def export_model(folder: Path, out: Path, *, format: str | None) -> None:
-    """Writes a run's last checkpoint as a Hugging Face folder.
+    """Writes a run's last checkpoint as a Hugging Face folder; a compressed one as the dense weights it stands for.
 
     Args:
         folder: the run.
@@ -69,12 +71,13 @@ def export_model(folder: Path, out: Path, *, format: str | None) -> None:
         "bos_token_id": None if tokenizer is None else tokenizer.bos_id,
         "eos_token_id": None if tokenizer is None else tokenizer.eos_id,
     }
-    folders.write_folder(out, layout, experiment.model, from_state(found.params), flags=flags)
-    said = ""
+    parameters = {dotted(path): np.asarray(jax.jit(materialize)(each)) for path, each in weights(found.model()).items()}
+    folders.write_folder(out, layout, experiment.model, parameters, flags=flags)
+    said = f"; dense, as {'+'.join(map(str, found.recipes))} left it" if found.recipes else ""
     if isinstance(tokenizer, HuggingFaceTokenizer):
         _write_tokenizer(out, tokenizer)
     elif tokenizer is not None:
-        said = "; its tokenizer is bytes, which has no tokenizer.json"
+        said += "; its tokenizer is bytes, which has no tokenizer.json"
     Console(highlight=False).print(f"{out}: {layout.name}{said}", markup=False, soft_wrap=True)
 
 

@@ -68,9 +68,13 @@ def score(
             jax.block_until_ready(totals[i - 1])  # at most two batches in flight
         progress(i + 1)
     loss, weight = np.asarray(jax.device_get(totals), np.float64).sum(axis=0)
-    nats = loss / weight  # of every token, or of those that were hidden
-    bits = nats * packed.num_tokens / math.log(2) / packed.num_bytes
-    return Score(float(bits), float(nats), packed.num_tokens, time.perf_counter() - begin)
+    nats = float(loss / weight)  # of every token, or of those that were hidden
+    return Score(bits_per_byte(nats, packed), nats, packed.num_tokens, time.perf_counter() - begin)
+
+
+def bits_per_byte(nats_per_token: float, packed: Packed) -> float:
+    """Of a loss on a packed text."""
+    return nats_per_token * packed.num_tokens / math.log(2) / packed.num_bytes
 
 
 def evaluate_run(folder: Path, *, data: str | None = None, json: Path | None = None) -> Score:

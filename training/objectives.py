@@ -28,53 +28,75 @@ class Loss(NamedTuple):
 Objective = Callable[[LanguageModel, Batch, jax.Array], Loss]
 
 
-def next_token(model: LanguageModel, batch: Batch, rng: jax.Array, *, chunk: int) -> Loss:
-    """Cross-entropy of the next token of the same document, in nats; the penalty is `auxiliary_losses`.
+class Questions(NamedTuple):
+    """What a model is asked of a batch, [B, T] each."""
 
-    Args:
-        model: the model.
-        batch: `tokens` and `segment_ids`, integers [B, T + 1]; segment 0 is padding.
-        rng: unused.
-        chunk: tokens whose logits exist at one time.
-    """
+    tokens: jax.Array  # that it sees
+    segment_ids: jax.Array
+    answers: jax.Array  # the right token at each position
+    weights: jax.Array  # float32, 1 where it is asked
+
+
+Asker = Callable[[Batch, jax.Array], Questions]
+"""(batch, rng) -> Questions. A batch has `tokens` and `segment_ids`, integers [B, T + 1]; segment 0 is padding."""
+
+
+def next_tokens(batch: Batch, rng: jax.Array) -> Questions:
+    """The next token of the same document; `rng` is unused."""
     tokens, segment_ids = batch["tokens"], batch["segment_ids"]
-    hidden_BxTxD, _, routing = model.forward(tokens[:, :-1], segment_ids=segment_ids[:, :-1])
     same = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] != 0)
-    weights_BxT = same.astype(jnp.float32)
-    loss_BxT = cross_entropy(model.logits, hidden_BxTxD, tokens[:, 1:], chunk=chunk)
-    weight = jnp.sum(weights_BxT)
-    penalty, metrics = auxiliary_losses(model.config, routing)  # means: times the weight, they are sums
-    return Loss(jnp.sum(loss_BxT * weights_BxT), weight, {k: v * weight for k, v in metrics.items()}, penalty * weight)
+    return Questions(tokens[:, :-1], segment_ids[:, :-1], tokens[:, 1:], same.astype(jnp.float32))
 
 
-def masked_token(model: LanguageModel, batch: Batch, rng: jax.Array, *, chunk: int, mask_id: int) -> Loss:
-    """Cross-entropy of hidden tokens, in nats (Devlin et al. 2019, section 3.1).
+def hidden_tokens(batch: Batch, rng: jax.Array, *, vocab_size: int, mask_id: int) -> Questions:
+    """Of all tokens 15 %; of these 80 % are replaced by the mask, 10 % by a random token, and 10 % are left.
 
-    Of all tokens 15 % are to be predicted; of these 80 % are replaced by the mask, 10 % by a random token, and 10 %
-    are left as they are.
-
-    Args:
-        model: the model; bidirectional, to see both sides.
-        batch: as for `next_token`; each token is in just one row if the last of each is left out.
-        rng: which tokens.
-        chunk: tokens whose logits exist at one time.
-        mask_id: the mask's token.
+    Devlin et al. 2019, section 3.1. Each token is in just one row if the last of each is left out.
     """
     tokens, segment_ids = batch["tokens"][:, :-1], batch["segment_ids"][:, :-1]
     for_choice, for_fate, for_token = jax.random.split(rng, 3)
     chosen_BxT = jax.random.bernoulli(for_choice, 0.15, tokens.shape) & (segment_ids != 0)
     fate_BxT = jax.random.uniform(for_fate, tokens.shape)
-    vocab_size = model.config.vocab_size
-    assert vocab_size is not None
     random_BxT = jax.random.randint(for_token, tokens.shape, 0, vocab_size)
     hidden_token_BxT = jnp.where(fate_BxT < 0.8, mask_id, jnp.where(fate_BxT < 0.9, random_BxT, tokens))
     seen_BxT = jnp.where(chosen_BxT, hidden_token_BxT, tokens)
-    hidden_BxTxD, _, routing = model.forward(seen_BxT, segment_ids=segment_ids)
-    loss_BxT = cross_entropy(model.logits, hidden_BxTxD, tokens, chunk=chunk)
-    weights_BxT = chosen_BxT.astype(jnp.float32)
-    weight = jnp.sum(weights_BxT)
-    penalty, metrics = auxiliary_losses(model.config, routing)
-    return Loss(jnp.sum(loss_BxT * weights_BxT), weight, {k: v * weight for k, v in metrics.items()}, penalty * weight)
+    return Questions(seen_BxT, segment_ids, tokens, chosen_BxT.astype(jnp.float32))
+
+
+def next_token(model: LanguageModel, batch: Batch, rng: jax.Array, *, chunk: int) -> Loss:
+    """Cross-entropy of the next token of the same document, in nats; the penalty is `auxiliary_losses`.
+
+    Args:
+        model: the model.
+        batch: see `Asker`.
+        rng: unused.
+        chunk: tokens whose logits exist at one time.
+    """
+    return _loss(model, next_tokens(batch, rng), chunk)
+
+
+def masked_token(model: LanguageModel, batch: Batch, rng: jax.Array, *, chunk: int, mask_id: int) -> Loss:
+    """Cross-entropy of `hidden_tokens`, in nats.
+
+    Args:
+        model: the model; bidirectional, to see both sides.
+        batch: see `Asker`.
+        rng: which tokens.
+        chunk: tokens whose logits exist at one time.
+        mask_id: the mask's token.
+    """
+    vocab_size = model.config.vocab_size
+    assert vocab_size is not None
+    return _loss(model, hidden_tokens(batch, rng, vocab_size=vocab_size, mask_id=mask_id), chunk)
+
+
+def _loss(model: LanguageModel, asked: Questions, chunk: int) -> Loss:
+    hidden_BxTxD, _, routing = model.forward(asked.tokens, segment_ids=asked.segment_ids)
+    loss_BxT = cross_entropy(model.logits, hidden_BxTxD, asked.answers, chunk=chunk)
+    weight = jnp.sum(asked.weights)
+    penalty, metrics = auxiliary_losses(model.config, routing)  # means: times the weight, they are sums
+    total = jnp.sum(loss_BxT * asked.weights)
+    return Loss(total, weight, {k: v * weight for k, v in metrics.items()}, penalty * weight)
 
 
 def cross_entropy(

@@ -1,10 +1,12 @@
 """The run directory: what was asked for, and everything that came of it.
 
-config.json       the resolved experiment, its hash, the git SHA, the package versions, the tokenizer's fingerprint
+config.json       the resolved experiment, its hash, the git SHA, the package versions, the tokenizer's fingerprint,
+                  and by which recipes the model was compressed, if it was
 tokenizer/        the tokenizer
 checkpoints/      one folder a step
 metrics.jsonl     one line for each logged step and each validation
 summary.json      once training has ended
+compression.json  of a compressed run: what each recipe did, and what it cost
 """
 
 import dataclasses
@@ -13,9 +15,11 @@ import importlib.metadata
 import json
 import os
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from phyla.compression.recipes import Recipe, parse
 from phyla.models.errors import UserError
 from phyla.models.serialization import from_json, to_json
 from phyla.training.config import Experiment
@@ -58,13 +62,18 @@ def git_sha() -> str | None:
     return found.stdout.strip() if found.returncode == 0 else None
 
 
-def create(folder: Path, experiment: Experiment, fingerprint: dict | None) -> None:
+def create(
+    folder: Path, experiment: Experiment, fingerprint: dict | None, *, compression: Sequence[Recipe] = ()
+) -> None:
     """Writes config.json; if there is one, it must be of the same experiment, on whatever mesh.
 
-    Raises UserError, naming the first field that differs, if the folder holds another experiment.
+    Raises UserError, naming the first field that differs, if the folder holds another experiment, or a compressed run.
     """
     path = folder / "config.json"
     if path.exists():
+        if recipes := read_recipes(folder):
+            done = "+".join(map(str, recipes))
+            raise UserError(f"{folder} holds a run compressed by {done}, which is not trained on; choose another --out")
         before = identity(json.loads(path.read_text())["experiment"])
         now = identity(to_json(experiment))
         for name in sorted(before.keys() | now.keys()):
@@ -80,6 +89,7 @@ def create(folder: Path, experiment: Experiment, fingerprint: dict | None) -> No
         "git": git_sha(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "tokenizer": fingerprint,
+        "compression": "+".join(map(str, compression)) or None,
     }
     write_json(path, record)
 
@@ -106,6 +116,18 @@ def read_record(folder: Path) -> dict:
 def read_experiment(folder: Path) -> Experiment:
     """The resolved experiment of a run. Raises UserError if there is none."""
     return from_json(Experiment, read_record(folder)["experiment"], "config.json")
+
+
+def read_recipes(folder: Path) -> tuple[Recipe, ...]:
+    """By which a run's model was compressed; none: as it was trained."""
+    done = read_record(folder).get("compression")
+    return parse(done) if done else ()
+
+
+def check_new(folder: Path) -> None:
+    """Raises UserError if it is anything but a new or an empty folder."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not an empty folder")
 
 
 def _nearest(folder: Path) -> str:

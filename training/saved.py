@@ -8,14 +8,15 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from phyla.models import sizes
+from phyla.compression import compress
+from phyla.compression.recipes import Recipe
 from phyla.models.errors import UserError
 from phyla.models.language_model import LanguageModel
 from phyla.training import run, sharding
 from phyla.training.checkpoints import Checkpoints, whole_step, with_shardings
 from phyla.training.config import Experiment, MeshConfig
 from phyla.training.data.tokenizers import Tokenizer, check_match, load_tokenizer
-from phyla.training.objectives import Objective, masked_token, next_token
+from phyla.training.objectives import Asker, Objective, hidden_tokens, masked_token, next_token, next_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,8 @@ class Saved:
     params: nnx.State
     mesh: Mesh
     step: int
+    recipes: tuple[Recipe, ...] = ()
+    """By which it was compressed."""
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -46,6 +49,15 @@ class Saved:
     def model(self) -> LanguageModel:
         """The model."""
         return nnx.merge(self.graphdef, self.params)
+
+
+def make_asker(experiment: Experiment, mask_id: int) -> Asker:
+    """What the objective asks; the mask is the tokenizer's, for the masked-token objective."""
+    if experiment.objective == "next-token":
+        return next_tokens
+    vocab_size = experiment.model.vocab_size
+    assert vocab_size is not None
+    return functools.partial(hidden_tokens, vocab_size=vocab_size, mask_id=mask_id)
 
 
 def make_objective(experiment: Experiment, mask_id: int) -> Objective:
@@ -68,11 +80,12 @@ def load(folder: Path) -> Saved:
         tokenizer = load_tokenizer(folder / "tokenizer")
         check_match(fingerprint, tokenizer.fingerprint())
     mesh = sharding.make_mesh(MeshConfig(data=1), batch=1)
-    graphdef, abstract = nnx.split(sizes.abstract(experiment.model))
+    recipes = run.read_recipes(folder)
+    graphdef, abstract = nnx.split(compress.abstract(experiment.model, recipes))
     abstract = with_shardings(abstract, sharding.shardings(abstract, mesh))
     with Checkpoints(folder) as checkpoints:
         step = whole_step(checkpoints, folder)
-        params = checkpoints.restore_params(step, abstract, averaged=experiment.loop.ema > 0)
+        params = checkpoints.restore_params(step, abstract, averaged=experiment.loop.ema > 0 and not recipes)
     return Saved(
         folder=folder,
         experiment=experiment,
@@ -81,4 +94,5 @@ def load(folder: Path) -> Saved:
         params=jax.block_until_ready(params),
         mesh=mesh,
         step=step,
+        recipes=recipes,
     )

@@ -36,6 +36,10 @@ class Format(abc.ABC):
         w: Any = self
         return quantized_matmul(x, w)
 
+    @abc.abstractmethod
+    def take_columns(self, columns: jax.Array) -> jax.Array:
+        """Only the columns of these numbers, integers [M]: float32 [K, M], from no more than their own codes."""
+
     @property
     def nbytes(self) -> int:
         """Of all leaves."""
@@ -64,6 +68,11 @@ class Channels(Format):
     def materialize(self) -> jax.Array:
         """Float32 [K, N]."""
         return self.codes.astype(jnp.float32) * self.scale
+
+    def take_columns(self, columns: jax.Array) -> jax.Array:
+        """See `Format.take_columns`."""
+        codes, scale = jnp.take(self.codes, columns, axis=-1), jnp.take(self.scale, columns)
+        return dataclasses.replace(self, codes=codes, scale=scale).materialize()
 
 
 @jax.tree_util.register_dataclass
@@ -106,6 +115,10 @@ class Int4(Format):
             codes = codes - spread(self.zero, self.group, self.rows).astype(jnp.float32)
         return codes * spread(self.scale.astype(jnp.float32), self.group, self.rows)
 
+    def take_columns(self, columns: jax.Array) -> jax.Array:
+        """See `Format.take_columns`."""
+        return jax.tree.map(lambda leaf: jnp.take(leaf, columns, axis=-1), self).materialize()
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,6 +142,11 @@ class Outliers(Format):
     def materialize(self) -> jax.Array:
         """Float32 [K, N]."""
         return self.body.materialize().at[self.columns].set(self.values.astype(jnp.float32), mode="drop")
+
+    def take_columns(self, columns: jax.Array) -> jax.Array:
+        """See `Format.take_columns`."""
+        values = jnp.take(self.values, columns, axis=-1).astype(jnp.float32)
+        return self.body.take_columns(columns).at[self.columns].set(values, mode="drop")
 
 
 def quantize_int8(w: jax.Array, *, dynamic: bool = False) -> Int8:

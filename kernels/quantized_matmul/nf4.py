@@ -64,8 +64,19 @@ class NF4(Format):
 
     def materialize(self) -> jax.Array:
         """Float32 [K, N]."""
-        values = jnp.take(jnp.asarray(CODE_BOOK), unpack(self.codes)[: self.rows], mode="clip")
-        return values * spread(self.scales(), BLOCK, self.rows)
+        return self._values(self.codes, self.scales())
+
+    def take_columns(self, columns: jax.Array) -> jax.Array:
+        """See `Format.take_columns`."""
+        codes, scale_codes = (jnp.take(each, columns, axis=1) for each in (self.codes, self.scale_codes))
+        G = len(scale_codes)
+        blocks_GxM = columns * G + jnp.arange(G)[:, None]  # their numbers, in the order of `scale_scales`
+        scales_GxM = dynamic_value(scale_codes) * jnp.take(self.scale_scales, blocks_GxM // SCALE_BLOCK)
+        return self._values(codes, scales_GxM + self.scale_mean)
+
+    def _values(self, codes: jax.Array, scales: jax.Array) -> jax.Array:
+        values = jnp.take(jnp.asarray(CODE_BOOK), unpack(codes)[: self.rows], mode="clip")
+        return values * spread(scales, BLOCK, self.rows)
 
 
 def quantize_nf4(w: jax.Array) -> NF4:

@@ -80,7 +80,8 @@ class Mamba(Layer):
         if config.norms:
             norm = functools.partial(RMSNorm, rngs=rngs, epsilon=model.norm_epsilon)
             self.dt_norm, self.B_norm, self.C_norm = norm(self.dt_rank), norm(N), norm(N)
-        self.dt_proj = Linear((self.dt_rank, inner), ("state", "inner"), rngs, init=uniform(self.dt_rank**-0.5))
+        rate, why = uniform(self.dt_rank**-0.5), "dt is in the exponent of every decay"
+        self.dt_proj = Linear((self.dt_rank, inner), ("state", "inner"), rngs, init=rate, precise=why)
         self.dt_bias = parameter(initial_dt_bias, (inner,), ("inner",), rngs)
         # A = -1 … -N in every channel (S4D-real).
         a_log = lambda key, shape: jnp.broadcast_to(jnp.log(jnp.arange(1, N + 1)), shape)  # noqa: E731

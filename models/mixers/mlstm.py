@@ -20,6 +20,8 @@ from phyla.models.headwise import HeadNorm, HeadwiseLinear
 from phyla.models.layers import Layer, Linear
 from phyla.models.weights import constant, normal, parameter, taps
 
+EXPONENT = "a gate is in the exponent of all that follows"
+
 
 @dataclass(frozen=True, kw_only=True)
 class MLSTMConfig(LayerConfig):
@@ -130,8 +132,8 @@ class MLSTM(Layer):
         self.k = Linear((D, qk), ("embed", "inner"), rngs, init=small)
         self.v = Linear((D, v), ("embed", "inner"), rngs, init=small)
         self.o_gate = Linear((D, v), ("embed", "inner"), rngs, init=small)
-        self.i_gate = Linear((D, H), ("embed", "heads"), rngs, init=constant(0.0))
-        self.f_gate = Linear((D, H), ("embed", "heads"), rngs, init=constant(0.0))
+        self.i_gate = Linear((D, H), ("embed", "heads"), rngs, init=constant(0.0), precise=EXPONENT)
+        self.f_gate = Linear((D, H), ("embed", "heads"), rngs, init=constant(0.0), precise=EXPONENT)
         self.i_bias = parameter(constant(config.input_bias), (H,), ("heads",), rngs)
         self.f_bias = parameter(_spread, (H,), ("heads",), rngs)
         self.norm = HeadNorm(v, rngs, epsilon=model.norm_epsilon)
@@ -184,8 +186,8 @@ class MLSTMBlock(Layer):
         self.q = HeadwiseLinear(groups, inner, rngs, bias=bias, init=small)
         self.k = HeadwiseLinear(groups, inner, rngs, bias=bias, init=small)
         self.v = HeadwiseLinear(groups, inner, rngs, bias=bias, init=small)
-        self.i_gate = Linear((3 * inner, H), ("inner", "gates"), rngs, init=constant(0.0))
-        self.f_gate = Linear((3 * inner, H), ("inner", "gates"), rngs, init=constant(0.0))
+        self.i_gate = Linear((3 * inner, H), ("inner", "gates"), rngs, init=constant(0.0), precise=EXPONENT)
+        self.f_gate = Linear((3 * inner, H), ("inner", "gates"), rngs, init=constant(0.0), precise=EXPONENT)
         noise = normal(0.1)
         self.i_bias = parameter(lambda key, shape: config.input_bias + noise(key, shape), (H,), ("heads",), rngs)
         self.f_bias = parameter(_spread, (H,), ("heads",), rngs)

@@ -3,6 +3,7 @@
 The initialisation and the learning rates are those of the authors' model (RWKV-LM, RWKV-v5/src/model.py, x060).
 """
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -81,13 +82,14 @@ class RWKV6(Layer):
         shares |= {"v": 1 - ramp**ahead - 0.3 * depth} | dict.fromkeys("rg", 1 - ramp ** (0.5 * ahead))
         for name, share in shares.items():
             setattr(self, f"mix_{name}", vector(share, "norm", rngs))
-        self.mix_down = Linear((D, len(MIXED) * config.mix_rank), ("embed", "rank"), rngs, init=constant(0.0))
-        self.mix_up = nnx.List(
-            [Linear((config.mix_rank, D), ("rank", "embed"), rngs, init=uniform(0.01)) for _ in MIXED]
-        )
+        why = "of low rank, and it decides on the mixing or the decay"
+        down = functools.partial(Linear, rngs=rngs, init=constant(0.0), precise=why)
+        up = functools.partial(Linear, rngs=rngs, init=uniform(0.01), precise=why)
+        self.mix_down = down((D, len(MIXED) * config.mix_rank), ("embed", "rank"))
+        self.mix_up = nnx.List([up((config.mix_rank, D), ("rank", "embed")) for _ in MIXED])
         self.time_decay = vector(-6 + 5 * channel ** (0.7 + 1.3 * depth), "inner", rngs, learning_rate=2.0)
-        self.decay_down = Linear((D, config.decay_rank), ("embed", "rank"), rngs, init=constant(0.0))
-        self.decay_up = Linear((config.decay_rank, D), ("rank", "inner"), rngs, init=uniform(0.01))
+        self.decay_down = down((D, config.decay_rank), ("embed", "rank"))
+        self.decay_up = up((config.decay_rank, D), ("rank", "inner"))
         zigzag = 0.1 * ((jnp.arange(D) + 1) % 3 - 1)
         self.time_first = vector(depth * (1 - channel) + zigzag, "inner", rngs)
         self.receptance = Linear((D, D), ("embed", "inner"), rngs, init=orthogonal(1.0))

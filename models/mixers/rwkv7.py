@@ -3,6 +3,7 @@
 The initialisation is that of the authors' modules (RWKV-LM, RWKV-v7/train_temp/src/model.py).
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -75,8 +76,9 @@ class LowRank(nnx.Module):
     """up(activation(down(x))): the same for every token at first."""
 
     def __init__(self, width: int, rank: int, rngs: nnx.Rngs):
-        self.down = Linear((width, rank), ("embed", "rank"), rngs, init=constant(0.0))
-        self.up = Linear((rank, width), ("rank", "inner"), rngs, init=orthogonal(0.1 * max(1, rank / width) ** 0.5))
+        linear = functools.partial(Linear, rngs=rngs, precise="of low rank, and it decides on the decay or a rate")
+        self.down = linear((width, rank), ("embed", "rank"), init=constant(0.0))
+        self.up = linear((rank, width), ("rank", "inner"), init=orthogonal(0.1 * max(1, rank / width) ** 0.5))
 
     def __call__(self, x: jax.Array, activation: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
         """[..., D] -> float32 [..., D]."""

@@ -167,6 +167,15 @@ def test_rounding_to_nearest():
         assert np.all(jax.jit(lambda w, quantize=quantize: quantize(w).materialize())(W * 0) == 0)
 
 
+@pytest.mark.parametrize("quantize", QUANTIZE.values(), ids=QUANTIZE)
+def test_single_columns(quantize):
+    """As an embedding looks them up: in any order, one more than once, the last with an incomplete block of scales."""
+    w = jax.jit(quantize)(matrix(300, 61))
+    columns = np.array([60, 3, 3, 0, 51])
+    found = jax.jit(lambda w: w.take_columns(jnp.asarray(columns)))(w)
+    np.testing.assert_allclose(found, dense(w)[:, columns], rtol=1e-6, atol=1e-6)
+
+
 def test_bits_per_weight():
     W = jax.ShapeDtypeStruct((3, 1024, 256), jnp.float32)
     for name, bits in {

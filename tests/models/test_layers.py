@@ -28,6 +28,10 @@ class Scaled(Weight):
     def matmul(self, x: jax.Array) -> jax.Array:
         return (x @ self.codes[...].astype(x.dtype)) * self.scale[...].astype(x.dtype)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.codes.shape
+
     def materialize(self) -> jax.Array:
         return self.codes[...] * self.scale[...]
 

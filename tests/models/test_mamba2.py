@@ -108,6 +108,7 @@ def test_the_step_size_and_the_state_are_float32_whatever_the_dtype():
     """Without input the state only decays, by exp(dt A) a token, with dt the softplus of its bias."""
     config = Mamba2Config(head_dim=8, state=3)
     mixer = config.build(model_of(config, dtype="bfloat16"), nnx.Rngs(0), 0)
+    assert mixer.conv_bias is not None
     mixer.conv_bias[...] = jnp.zeros_like(mixer.conv_bias[...])
     before = mixer.initial_state(1, T)
     _, after = mixer(jnp.zeros((1, T, D), jnp.bfloat16), before._replace(ssm=jnp.ones_like(before.ssm)))

@@ -183,6 +183,10 @@ class Halves(Weight):
     def matmul(self, x: jax.Array) -> jax.Array:
         return 2 * (x @ self.half[...].astype(x.dtype))
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.half.shape
+
     def materialize(self) -> jax.Array:
         return 2 * self.half[...]
 

@@ -15,6 +15,7 @@ from phyla.models.mixers.mamba import MambaConfig
 from phyla.models.mlp import MLPConfig
 from phyla.training.config import Experiment, LoopConfig, MeshConfig, OptimizerConfig
 from phyla.training.data.config import DataConfig
+from phyla.training.loop import train
 from phyla.training.optimizer import make_optimizer
 from phyla.training.saved import make_objective
 from phyla.training.step import initial_state, make_step
@@ -25,8 +26,20 @@ TEXT = "the quick brown fox jumps over the lazy dog. " * 40
 @pytest.fixture
 def experiment(tmp_path: Path) -> Experiment:
     """A hybrid of both mixers that trains in seconds, on one device."""
-    (tmp_path / "train.txt").write_text(TEXT)
-    (tmp_path / "validation.txt").write_text(TEXT[:300])
+    return _experiment(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of it, which is only read."""
+    folder = tmp_path_factory.mktemp("trained")
+    train(_experiment(folder), folder / "run")
+    return folder / "run"
+
+
+def _experiment(folder: Path) -> Experiment:
+    (folder / "train.txt").write_text(TEXT)
+    (folder / "validation.txt").write_text(TEXT[:300])
     pattern = (
         BlockConfig(mixer=AttentionConfig(heads=2), channel=MLPConfig()),
         BlockConfig(mixer=MambaConfig(state=4)),
@@ -35,7 +48,7 @@ def experiment(tmp_path: Path) -> Experiment:
         name="tiny",
         model=ModelConfig(width=16, layers=2, pattern=pattern),
         data=DataConfig(
-            source=str(tmp_path / "train.txt"), validation=str(tmp_path / "validation.txt"), sequence_length=16
+            source=str(folder / "train.txt"), validation=str(folder / "validation.txt"), sequence_length=16
         ),
         optimizer=OptimizerConfig(learning_rate=1e-2),
         loop=LoopConfig(steps=40, batch_size=8, eval_every=10, checkpoint_every=10, log_every=1, eval_tokens=None),

@@ -1,0 +1,78 @@
+"""A compressed model is the same model with other weights."""
+
+import difflib
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+
+from phyla.compression import matrices
+from phyla.compression.prune import prune_groups, prune_smallest
+from phyla.compression.quantize import quantize
+from phyla.compression.recipes import PruneGroups, PruneSmallest, Quantize, Recipe
+from phyla.models import sizes
+from phyla.models.config import ModelConfig
+from phyla.models.errors import UserError
+from phyla.models.language_model import LanguageModel
+
+
+class Step(NamedTuple):
+    """What one recipe did to a model."""
+
+    model: LanguageModel
+    recipe: Recipe
+    changed: tuple[str, ...]
+    """Paths of parameters."""
+    left: dict[str, str]
+    """Paths of the dense parameters that it left as they were, and why."""
+
+
+def compress(model: LanguageModel, recipes: Sequence[Recipe]) -> list[Step]:
+    """Applies recipes in their order, each to what the one before made; the model that is given stays as it is.
+
+    Raises UserError if a recipe finds nothing that it could change.
+    """
+    steps = []
+    for recipe in recipes:
+        steps.append(_apply(steps[-1].model if steps else model, recipe))
+    return steps
+
+
+def abstract(config: ModelConfig, recipes: Sequence[Recipe]) -> LanguageModel:
+    """The compressed model with shapes in place of arrays; nothing is computed. Raises UserError as `compress`."""
+    if not recipes:
+        return sizes.abstract(config)
+    return jax.eval_shape(lambda: compress(LanguageModel(config, nnx.Rngs(0)), recipes)[-1].model)
+
+
+def _apply(model: LanguageModel, recipe: Recipe) -> Step:
+    model = nnx.clone(model)
+    everything = matrices.places(model)
+    left = {place.name: place.left for place in everything if not place.kind}
+    free = [place for place in everything if place.kind]
+    chosen = [place for place in free if re.search(recipe.only, place.name)]
+    left |= {place.name: f"{recipe} is not for it" for place in free if place not in chosen}
+    match recipe:
+        case Quantize():
+            left |= quantize(model, chosen, recipe)
+        case PruneSmallest():
+            left |= prune_smallest(chosen, recipe)
+        case PruneGroups():
+            left |= prune_groups(chosen, recipe)
+    changed = tuple(place.name for place in everything if place.name not in left)
+    if not changed:
+        raise UserError(f"{recipe} changes nothing in this model: {_reason(recipe, everything, left)}")
+    return Step(model, recipe, changed, left)
+
+
+def _reason(recipe: Recipe, everything: list[matrices.Place], left: dict[str, str]) -> str:
+    if not any(place.kind for place in everything):
+        return "every matrix is quantized already (prune before you quantize)"
+    found = [place.name for place in everything if re.search(recipe.only, place.name)]
+    if found:
+        return f"{found[0]} stays as it is ({left[found[0]]})"
+    free = [place.name for place in everything if place.kind]
+    nearest = difflib.get_close_matches(recipe.only, free, n=1, cutoff=0.0)[0]
+    return f"'{recipe.only}' is in no dense parameter's path; nearest: {nearest}"

@@ -1,0 +1,67 @@
+"""Which parameters a method may touch: by what they say of themselves, never by their names.
+
+A *matrix* is a parameter with `matrix=True`, which multiplies activations from the right; a *table* has a vector for
+each word of the vocabulary (the embedding, and with it a tied head). What is neither stays as it is: norms, biases,
+convolutions, a Mamba's A_log, D and dt_bias, sLSTM's recurrent matrices, mixing coefficients, position and type
+embeddings. So do matrices that say why (`precise`): routers, gates, Mamba's dt_proj, RWKV's low-rank decays and rates.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+from flax import nnx
+
+from phyla.models.language_model import LanguageModel
+from phyla.models.weights import Weight
+
+
+class Place(NamedTuple):
+    """A dense parameter and where it lies."""
+
+    path: tuple[Any, ...]
+    value: nnx.Param
+    axes: tuple[str, ...]
+    kind: Literal["matrix", "head", "table"] | None
+    left: str
+    """Why no method may touch it, where the kind is None."""
+
+    @property
+    def name(self) -> str:
+        """With dots."""
+        return dotted(self.path)
+
+
+def places(model: LanguageModel) -> list[Place]:
+    """Every dense parameter of the model."""
+    return [_place(path, variable) for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))]
+
+
+def weights(model: LanguageModel) -> dict[tuple[Any, ...], nnx.Param | Weight]:
+    """Everything that stands for one array, by path: dense parameters and `Weight`s."""
+    compressed = {path: module for path, module in nnx.iter_modules(model) if isinstance(module, Weight)}
+    return {place.path: place.value for place in places(model)} | compressed
+
+
+def replace(model: LanguageModel, path: tuple[Any, ...], value: nnx.Param | Weight) -> None:
+    """Puts another object at a path."""
+    *holders, last = path
+    holder: Any = model
+    for name in holders:
+        holder = holder[name] if isinstance(name, int) else getattr(holder, name)
+    setattr(holder, last, value)
+
+
+def dotted(path: tuple[Any, ...]) -> str:
+    """A path as text."""
+    return ".".join(map(str, path))
+
+
+def _place(path: tuple[Any, ...], variable: nnx.Param) -> Place:
+    metadata = variable.get_metadata()
+    axes, kind, left = metadata["axes"], None, metadata["precise"]
+    if metadata["matrix"] and not left:
+        kind = "head" if axes[-1] == "vocab" else "matrix"
+    elif axes == ("vocab", "embed"):
+        kind = "table"
+    elif not metadata["matrix"]:
+        left = "no matrix"
+    return Place(path, variable, axes, kind, left)

@@ -1,0 +1,204 @@
+"""Compressed runs: what is written, what is reported of it, and that it is a run like any other."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from phyla.cli import main
+from phyla.compression.compress import compress
+from phyla.compression.matrices import weights
+from phyla.compression.recipes import parse
+from phyla.models.config import BlockConfig, ModelConfig
+from phyla.models.errors import UserError
+from phyla.models.language_model import LanguageModel
+from phyla.models.mixers.attention import AttentionConfig
+from phyla.models.weights import Weight, materialize
+from phyla.training import run
+from phyla.training.compress import compress_run
+from phyla.training.convert import export_model, import_model
+from phyla.training.data.pipeline import Packed, prepare
+from phyla.training.data.tokenizers import ByteTokenizer
+from phyla.training.divergence import divergences
+from phyla.training.evaluate import evaluate_run, make_evaluate, score
+from phyla.training.generate import generate_run
+from phyla.training.logits import write_logits
+from phyla.training.loop import train
+from phyla.training.objectives import hidden_tokens, masked_token
+from phyla.training.saved import load
+
+GREEDY: dict[str, Any] = dict.fromkeys(("top_k", "top_p", "min_p", "json")) | {
+    "temperature": 0,
+    "seed": 0,
+    "max_tokens": 12,
+    "stop": [],
+}
+LLAMA = Path(__file__).parents[1] / "goldens" / "llama"
+
+
+@pytest.fixture(scope="module")
+def compressed(trained, tmp_path_factory) -> tuple[Path, dict]:
+    out = tmp_path_factory.mktemp("compressed") / "out"
+    return out, compress_run(trained, parse("magnitude-30%+nf4"), out)
+
+
+def test_the_figures_are_those_of_plain_computations(trained, compressed):
+    out, record = compressed
+    assert json.loads((out / "compression.json").read_text()) == record
+    first, _, last = record["steps"]
+    before, after = load(trained), load(out)
+    for row, folder, saved in ((first, trained, before), (last, out, after)):
+        assert row["bits_per_byte"] == pytest.approx(
+            evaluate_run(folder, json=out / "evaluation.json").bits_per_byte, rel=1e-6
+        )
+        files = (folder / "checkpoints" / str(saved.step) / "params").rglob("*")
+        assert row["bytes_on_disk"] == sum(path.stat().st_size for path in files if path.is_file())
+        assert row["bytes_in_memory"] == sum(leaf.nbytes for leaf in jax.tree.leaves(saved.params))
+        assert row["bits_per_weight"] == 8 * row["bytes_in_memory"] / row["parameters"]
+        held = weights(saved.model()).values()
+        zeros = sum(int((np.asarray(materialize(each)) == 0).sum()) for each in held)
+        assert (row["parameters"], row["zeros"]) == (sum(int(np.prod(each.shape)) for each in held), zeros)
+    assert first["kl"] == 0
+    assert first["agreement"] == 1
+    assert last["bytes_in_memory"] < first["bytes_in_memory"] / 2
+    assert last["zeros"] / last["parameters"] > 0.15
+    # The divergence, from all logits at once.
+    packed = prepare(before.experiment.data, before.tokenizer, "validation")
+    tokens, segments = packed.tokens, packed.segment_ids
+    asked = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0)
+    p, q = (said(saved.model(), tokens[:, :-1], segments[:, :-1])[asked] for saved in (before, after))
+    assert last["kl"] == pytest.approx((np.exp(p) * (p - q)).sum(-1).mean(), rel=1e-4)
+    assert last["agreement"] == pytest.approx((p.argmax(-1) == q.argmax(-1)).mean())
+    assert last["kl"] > 0
+
+
+def said(model: LanguageModel, tokens: np.ndarray, segment_ids: np.ndarray) -> np.ndarray:
+    logits = np.asarray(jax.jit(lambda m: m.logits(m(tokens, None, segment_ids)[0]))(model), np.float64)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def test_every_parameter_is_accounted_for(trained, compressed):
+    _, record = compressed
+    names = {".".join(map(str, path)) for path in weights(load(trained).model())}
+    assert record["parameters"].keys() | record["left"].keys() == names
+    assert not record["parameters"].keys() & record["left"].keys()
+    assert record["parameters"]["embedding.weight"]["recipes"] == ["nf4"]
+    query = record["parameters"]["periods.blocks.0.mixer.q.weight"]
+    assert query["recipes"] == ["magnitude-30%", "nf4"]
+    assert query["bits_per_weight"] == pytest.approx(4 + 8 / 16 + 64 / 256)  # of 16 inputs and 16 outputs
+    assert "decay" in record["left"]["periods.blocks.1.mixer.dt_proj.weight"]
+    coverage = record["coverage"]
+    assert coverage.keys() == {"embedding", "norms", "attention", "mlp", "mamba"}
+    assert coverage["attention"]["changed"] == 1
+    assert coverage["norms"] == {"parameters": 16 * 4, "changed": 0, "bits_per_weight": 32}
+    total = sum(row["parameters"] * row["bits_per_weight"] for row in coverage.values())
+    assert total == pytest.approx(8 * record["steps"][-1]["bytes_in_memory"])
+
+
+def test_saved_and_loaded_to_the_bit(trained, compressed):
+    out, _ = compressed
+    made = compress(load(trained).model(), parse("magnitude-30%+nf4"))[-1].model
+    saved = load(out)
+    equal(saved.params, nnx.state(made))
+    assert saved.step == load(trained).step
+    assert any(isinstance(each, Weight) for each in weights(saved.model()).values())
+
+
+def equal(a: nnx.State, b: nnx.State) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for one, other in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(one, other)
+
+
+def test_it_is_a_run_like_any_other(trained, compressed, tmp_path):
+    """It speaks, gives logits and can be compressed again, but is not trained on."""
+    out, _ = compressed
+    (text,) = generate_run(out, ["the quick"], **GREEDY)
+    assert isinstance(text, str)
+    ids = np.array([[256, *b"the quick"]])
+    save_file({"input_ids": ids}, tmp_path / "in.safetensors")
+    write_logits(out, tmp_path / "in.safetensors", tmp_path / "out.safetensors", generate_tokens=0)
+    model = load(out).model()
+    expected = jax.jit(lambda m: m.logits(m(ids)[0]))(model)
+    np.testing.assert_allclose(load_file(tmp_path / "out.safetensors")["logits"], expected, atol=1e-5)
+    compress_run(trained, parse("magnitude-30%"), tmp_path / "one")
+    compress_run(tmp_path / "one", parse("nf4"), tmp_path / "two")
+    equal(load(tmp_path / "two").params, load(out).params)
+    assert run.read_record(tmp_path / "two")["compression"] == "magnitude-30%+nf4"
+    with pytest.raises(UserError, match="compressed by magnitude-30%\\+nf4, which is not trained on"):
+        train(load(out).experiment, out)
+
+
+def test_an_imported_model_is_exported_dense(tmp_path, capsys):
+    """One without a tokenizer, hence without a loss."""
+    import_model(LLAMA, tmp_path / "run")
+    record = compress_run(tmp_path / "run", parse("int8"), tmp_path / "small")
+    assert "bits_per_byte" not in record["steps"][-1]
+    export_model(tmp_path / "small", tmp_path / "dense", format=None)
+    assert "dense, as int8 left it" in capsys.readouterr().out
+    found = []
+    for model in (tmp_path / "small", tmp_path / "dense", LLAMA):
+        write_logits(model, LLAMA / "io.safetensors", tmp_path / "out.safetensors", generate_tokens=0)
+        found.append(load_file(tmp_path / "out.safetensors")["logits"])
+    small, dense, original = found
+    np.testing.assert_allclose(small, dense, atol=2e-5 * np.abs(dense).max())
+    assert 0 < np.abs(small - original).mean() < 0.1 * np.abs(original).mean()
+
+
+def test_masked_tokens():
+    """The loss of an encoder's hidden tokens is that of its evaluation."""
+    block = BlockConfig(mixer=AttentionConfig(heads=2, causal=False))
+    config = ModelConfig(width=16, layers=1, vocab_size=260, pattern=(block,))
+    model = LanguageModel(config, nnx.Rngs(0))
+    tokens = np.random.default_rng(0).integers(0, 250, (6, 17)).astype(np.int32)
+    packed = Packed(tokens=tokens, segment_ids=np.ones_like(tokens), num_tokens=96, num_bytes=96)
+    mesh = jax.make_mesh((1, 1), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    graphdef, params = nnx.split(model)
+    mask_id = ByteTokenizer().mask_id
+    whole = score(
+        make_evaluate(graphdef, functools.partial(masked_token, chunk=1000, mask_id=mask_id)), params, packed, 4, mesh
+    )
+    ask = functools.partial(hidden_tokens, vocab_size=260, mask_id=mask_id)
+    other = compress(model, parse("int4-g2"))[-1].model
+    first, second = divergences([model, other], ask, packed, batch_size=4, chunk=7, mesh=mesh)
+    assert first.bits_per_byte == pytest.approx(whole.bits_per_byte, rel=1e-6)
+    assert (first.kl, first.agreement) == (0, 1)
+    assert second.kl > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["int8"], "--out must be given"),
+        (["--out", "new"], "name at least one method"),
+        (["int9", "--out", "new"], "no method 'int9'; nearest: int8"),
+        (["int4-g63", "--out", "new"], "int4-g63: a group is an even number; nearest: int4-g64"),
+        (["nf4", "int8", "--out", "new"], "int8 changes nothing in this model: every matrix is quantized already"),
+        (["int8@mixer.zz", "--out", "new"], "'mixer.zz' is in no dense parameter's path; nearest: periods"),
+        (["int8", "--out", "."], "exists and is not an empty folder"),
+    ],
+)
+def test_wrong_arguments(trained, tmp_path, monkeypatch, capsys, arguments, error):
+    """One line, exit status 2, nothing written."""
+    (tmp_path / "full").touch()
+    monkeypatch.chdir(tmp_path)
+    assert main(["compress", str(trained), *arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("phyla compress: ")
+    assert error in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_no_run(tmp_path, capsys):
+    assert main(["compress", str(tmp_path), "int8", "--out", str(tmp_path / "new")]) == 2
+    assert "is not a run" in capsys.readouterr().err
+    assert main(["compress", "--list"]) == 0
+    assert "magnitude-2:4" in capsys.readouterr().out

@@ -1,0 +1,222 @@
+"""`phyla compress`: a run with a smaller model made of a run, and what that cost."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from rich.console import Console
+from rich.table import Column, Table
+
+from phyla.compression.compress import Step, abstract, compress
+from phyla.compression.matrices import dotted, weights
+from phyla.compression.recipes import Recipe
+from phyla.models.config import ModelConfig
+from phyla.models.language_model import LanguageModel
+from phyla.models.registry import LAYERS
+from phyla.models.weights import Weight, materialize
+from phyla.training import run
+from phyla.training.checkpoints import Checkpoints
+from phyla.training.data.pipeline import prepare
+from phyla.training.divergence import divergences
+from phyla.training.progress import Reporter
+from phyla.training.saved import Saved, load, make_asker
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Size:
+    """Of a model: everything is counted, norms and embeddings too."""
+
+    parameters: int
+    """Of the dense model that it stands for."""
+    zeros: int
+    """Of them."""
+    bits_per_weight: float
+    """Mean over all parameters, of codes and scales alike."""
+    bytes_in_memory: int
+
+
+def size(model: LanguageModel) -> Size:
+    """Counts; no more than one parameter is dense at a time."""
+    held = list(weights(model).values())
+    parameters = sum(math.prod(each.shape) for each in held)
+    nonzero = sum(int(_nonzero(each)) for each in held)
+    nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
+    return Size(
+        parameters=parameters,
+        zeros=parameters - nonzero,
+        bits_per_weight=8 * nbytes / parameters,
+        bytes_in_memory=nbytes,
+    )
+
+
+@jax.jit
+def _nonzero(weight: nnx.Param | Weight) -> jax.Array:
+    return jnp.count_nonzero(materialize(weight))
+
+
+def compress_run(folder: Path, recipes: Sequence[Recipe], out: Path, *, json: Path | None = None) -> dict[str, Any]:
+    """Applies recipes to a run's last checkpoint and writes the result as another run, with a table of what it cost.
+
+    Args:
+        folder: the run; it may be compressed already.
+        recipes: applied in this order.
+        out: a new or empty folder.
+        json: where the figures go; None: compression.json in `out`.
+
+    Returns:
+        The figures.
+
+    Raises UserError if the folder is no run, `out` has files, or a recipe finds nothing in the model to change.
+    """
+    run.check_new(out)
+    done = (*run.read_recipes(folder), *recipes)
+    abstract(run.read_experiment(folder).model, done)  # which refuses before anything is computed
+    saved = load(folder)
+    original = saved.model()
+    steps = compress(original, recipes)
+    rows = [{"recipe": None} | dataclasses.asdict(size(original))]
+    rows += [{"recipe": str(step.recipe)} | dataclasses.asdict(size(step.model)) for step in steps]
+    _compare(saved, [original, *(step.model for step in steps)], rows)
+    run.create(out, saved.experiment, run.read_record(folder)["tokenizer"], compression=done)
+    if saved.own_tokenizer is not None:
+        saved.own_tokenizer.save(out / "tokenizer")
+    with Checkpoints(out) as checkpoints:
+        checkpoints.save_params(nnx.state(steps[-1].model), saved.step)
+    averaged = saved.experiment.loop.ema > 0 and not saved.recipes
+    rows[0]["bytes_on_disk"] = _on_disk(folder, saved.step, "ema" if averaged else "params")
+    rows[-1]["bytes_on_disk"] = _on_disk(out, saved.step, "params")
+    record = {
+        "run": str(folder),
+        "step": saved.step,
+        "steps": rows,
+        "coverage": _coverage(saved.experiment.model, steps),
+        "parameters": _parameters(steps),
+        "left": _left(steps),
+    }
+    run.write_json(json or out / "compression.json", record)
+    _print(out, record)
+    return record
+
+
+def _compare(saved: Saved, models: list[LanguageModel], rows: list[dict[str, Any]]) -> None:
+    """Puts into each row how its model does on the run's validation text; a run without a tokenizer reads none."""
+    if saved.own_tokenizer is None:
+        return
+    packed = prepare(saved.experiment.data, saved.tokenizer, "validation")
+    loop = saved.experiment.loop
+    ask = make_asker(saved.experiment, saved.tokenizer.mask_id)
+    options: dict[str, Any] = {"batch_size": loop.batch_size, "chunk": loop.loss_chunk, "mesh": saved.mesh}
+    with (
+        Reporter() as reporter,
+        reporter.task("evaluate", -(-len(packed.tokens) // loop.batch_size), "batches") as task,
+    ):
+        found = divergences(models, ask, packed, **options, progress=task.update)
+    for row, each in zip(rows, found, strict=True):
+        row |= each._asdict()
+
+
+def _on_disk(folder: Path, step: int, item: str) -> int:
+    """Of a checkpoint's parameters alone, without the optimizer's state."""
+    return sum(path.stat().st_size for path in (folder / "checkpoints" / str(step) / item).rglob("*") if path.is_file())
+
+
+def _parameters(steps: list[Step]) -> dict[str, Any]:
+    """What was done to each parameter that was changed, and the bits that it takes."""
+    recipes: dict[str, list[str]] = {}
+    for step in steps:
+        for name in step.changed:
+            recipes.setdefault(name, []).append(str(step.recipe))
+    bits = {dotted(path): _bits(weight) for path, weight in weights(steps[-1].model).items()}
+    return {name: {"recipes": done, "bits_per_weight": bits[name]} for name, done in recipes.items()}
+
+
+def _left(steps: list[Step]) -> dict[str, str]:
+    """The parameters that no step changed, and why the last one did not."""
+    changed = {name for step in steps for name in step.changed}
+    return {name: why for step in steps for name, why in step.left.items() if name not in changed}
+
+
+def _coverage(config: ModelConfig, steps: list[Step]) -> dict[str, dict[str, float]]:
+    """For each kind of layer its parameters, the share of them that was changed, and the mean bits of one."""
+    changed = {name for step in steps for name in step.changed}
+    found: dict[str, dict[str, float]] = {}
+    for path, weight in weights(steps[-1].model).items():
+        count = math.prod(weight.shape)
+        row = found.setdefault(_layer(config, path), {"parameters": 0, "changed": 0, "bits_per_weight": 0})
+        row["parameters"] += count
+        row["changed"] += count * (dotted(path) in changed)
+        row["bits_per_weight"] += count * _bits(weight)
+    for row in found.values():
+        row["changed"] /= row["parameters"]
+        row["bits_per_weight"] /= row["parameters"]
+    return found
+
+
+def _layer(config: ModelConfig, path: tuple[Any, ...]) -> str:
+    """The kind of layer that a parameter belongs to."""
+    kinds = {kind: name for name, kind in LAYERS.items()}
+    match path:
+        case ("periods", "blocks", int(i), "mixer" | "channel" as part, *_):
+            return kinds[type(getattr(config.pattern[i], part))]
+        case ("prefix", int(i), "mixer" | "channel" as part, *_):
+            return kinds[type(getattr(config.prefix[i], part))]
+        case (*_, "mixer_norm" | "channel_norm" | "norm" | "embedding_norm", _):
+            return "norms"
+        case (first, *_):
+            return str(first)
+    raise AssertionError(path)
+
+
+def _bits(weight: nnx.Param | Weight) -> float:
+    return weight.bits_per_weight if isinstance(weight, Weight) else 8.0 * weight.dtype.itemsize
+
+
+TABLES = (
+    {
+        "parameters": ("parameters", "{:,}"),
+        "zeros": ("zeros", "{:.1%}"),
+        "bits_per_weight": ("bits per weight", "{:.2f}"),
+        "bytes_in_memory": ("bytes in memory", "{:,}"),
+        "bytes_on_disk": ("on disk", "{:,}"),
+    },
+    {
+        "bits_per_byte": ("bits per byte", "{:.4f}"),
+        "kl": ("KL from the original", "{:.5f} nats"),
+        "agreement": ("same top token", "{:.2%}"),
+    },
+)
+
+
+def _print(out: Path, record: dict[str, Any]) -> None:
+    console = Console(highlight=False)
+    rows = [row | {"zeros": row["zeros"] / row["parameters"]} for row in record["steps"]]
+    for columns in TABLES:
+        if not columns.keys() & rows[0].keys():
+            continue
+        table = Table(Column(no_wrap=True), *(Column(title, justify="right") for title, _ in columns.values()))
+        for row in rows:
+            cells = (form.format(row[name]) if name in row else "" for name, (_, form) in columns.items())
+            table.add_row(row["recipe"] or "original", *cells)
+        console.print(table)
+    titles = ("parameters", "changed", "bits per weight")
+    table = Table("", *(Column(title, justify="right") for title in titles))
+    for kind, row in record["coverage"].items():
+        table.add_row(kind, f"{row['parameters']:,}", f"{row['changed']:.1%}", f"{row['bits_per_weight']:.2f}")
+    console.print(table)
+    reasons: dict[str, dict[str, None]] = {}
+    for name, why in record["left"].items():
+        short = re.sub(r"\b\d+\b", "*", name.removeprefix("periods."))
+        reasons.setdefault(why, {})[short] = None
+    for why, names in reasons.items():
+        console.print(f"left alone: {', '.join(names)} ({why})", markup=False, soft_wrap=True)
+    before, after = rows[0], rows[-1]
+    said = f"{before['bytes_in_memory'] / after['bytes_in_memory']:.2f} times smaller in memory"
+    if "bits_per_byte" in after:
+        said += f", loss {after['bits_per_byte'] / before['bits_per_byte'] - 1:+.2%}"
+    console.print(f"{out}: {said}", markup=False, soft_wrap=True)

@@ -1,0 +1,88 @@
+"""How far the predictions of models are from another's, on a whole text."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from phyla.models.language_model import LanguageModel
+from phyla.training import sharding
+from phyla.training.data.pipeline import Packed
+from phyla.training.evaluate import bits_per_byte
+from phyla.training.objectives import Asker, Batch
+
+
+class Divergence(NamedTuple):
+    """Of a model from the original, on a text."""
+
+    bits_per_byte: float
+    """The model's own loss."""
+    kl: float
+    """Mean over tokens of KL(original ‖ model), nats."""
+    agreement: float
+    """Share of the tokens for which both have the same likeliest answer."""
+
+
+def divergences(
+    models: Sequence[LanguageModel],
+    ask: Asker,
+    packed: Packed,
+    *,
+    batch_size: int,
+    chunk: int,
+    mesh: Mesh,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[Divergence]:
+    """Compares each model with the first, on every row of a packed text.
+
+    Args:
+        models: of one vocabulary; the first is the original.
+        ask: what is asked of them.
+        packed: the text.
+        batch_size: sequences at a time.
+        chunk: tokens whose logits, of two models, exist at one time.
+        mesh: where the batches go.
+        progress: called with the number of batches done.
+    """
+    graphdefs, params = zip(*(nnx.split(model) for model in models), strict=True)
+
+    @jax.jit
+    def sums(params: tuple[nnx.State, ...], batch: Batch) -> jax.Array:
+        asked = ask(batch, jax.random.key(0))
+        networks = [nnx.merge(graphdef, of_one) for graphdef, of_one in zip(graphdefs, params, strict=True)]
+        hidden = tuple(each.forward(asked.tokens, segment_ids=asked.segment_ids).hidden for each in networks)
+
+        def of_chunk(part: tuple) -> jax.Array:
+            hidden, answers_C, weights_C = part
+            p_CxV = jax.nn.log_softmax(networks[0].logits(hidden[0]))
+            found = []
+            for network, hidden_CxD in zip(networks, hidden, strict=True):
+                q_CxV = jax.nn.log_softmax(network.logits(hidden_CxD))
+                loss_C = -jnp.take_along_axis(q_CxV, answers_C[:, None], axis=-1)[:, 0]
+                kl_C = jnp.sum(jnp.exp(p_CxV) * (p_CxV - q_CxV), axis=-1)
+                same_C = jnp.argmax(p_CxV, axis=-1) == jnp.argmax(q_CxV, axis=-1)
+                found.append(weights_C @ jnp.stack([loss_C, kl_C, same_C, jnp.ones_like(loss_C)], axis=-1))
+            return jnp.stack(found)
+
+        def chunks(x: jax.Array) -> jax.Array:
+            flat = x.reshape(asked.tokens.size, *x.shape[2:])
+            padded = jnp.pad(flat, [(0, -len(flat) % chunk), *[(0, 0)] * (flat.ndim - 1)])
+            return padded.reshape(-1, chunk, *flat.shape[1:])
+
+        parts = jax.tree.map(chunks, (hidden, asked.answers, asked.weights))
+        return jnp.sum(jax.lax.map(of_chunk, parts), axis=0)
+
+    totals = []
+    for i, batch in enumerate(packed.batches(batch_size)):
+        with jax.set_mesh(mesh):
+            totals.append(sums(params, sharding.put_batch(batch, mesh)))
+        if i:
+            jax.block_until_ready(totals[i - 1])  # at most two batches in flight
+        progress(i + 1)
+    total = np.asarray(jax.device_get(totals), np.float64).sum(axis=0)
+    means = total[:, :3] / total[:, 3:]
+    return [Divergence(bits_per_byte(float(loss), packed), float(kl), float(same)) for loss, kl, same in means]
