@@ -2,13 +2,14 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 from flax import nnx
 
 from phyla.compression import matrices
+from phyla.compression.calibrate import Moments, no_moments
 from phyla.compression.prune import prune_groups, prune_smallest
 from phyla.compression.quantize import quantize
 from phyla.compression.recipes import PruneGroups, PruneSmallest, Quantize, Recipe
@@ -29,14 +30,22 @@ class Step(NamedTuple):
     """Paths of the dense parameters that it left as they were, and why."""
 
 
-def compress(model: LanguageModel, recipes: Sequence[Recipe]) -> list[Step]:
+def compress(
+    model: LanguageModel, recipes: Sequence[Recipe], calibrate: Callable[[LanguageModel], Moments] = no_moments
+) -> list[Step]:
     """Applies recipes in their order, each to what the one before made; the model that is given stays as it is.
+
+    Args:
+        model: the model.
+        recipes: what to do.
+        calibrate: the `moments` of a text in a model, for recipes that need it; by default those of no text, after
+            which GPTQ rounds to nearest and SparseGPT prunes by magnitude.
 
     Raises UserError if a recipe finds nothing that it could change.
     """
     steps = []
     for recipe in recipes:
-        steps.append(_apply(steps[-1].model if steps else model, recipe))
+        steps.append(_apply(steps[-1].model if steps else model, recipe, calibrate))
     return steps
 
 
@@ -47,7 +56,8 @@ def abstract(config: ModelConfig, recipes: Sequence[Recipe]) -> LanguageModel:
     return jax.eval_shape(lambda: compress(LanguageModel(config, nnx.Rngs(0)), recipes)[-1].model)
 
 
-def _apply(model: LanguageModel, recipe: Recipe) -> Step:
+def _apply(model: LanguageModel, recipe: Recipe, calibrate: Callable[[LanguageModel], Moments]) -> Step:
+    moments = calibrate(model) if recipe.needs_text else {}
     model = nnx.clone(model)
     everything = matrices.places(model)
     left = {place.name: place.left for place in everything if not place.kind}
@@ -56,11 +66,11 @@ def _apply(model: LanguageModel, recipe: Recipe) -> Step:
     left |= {place.name: f"{recipe} is not for it" for place in free if place not in chosen}
     match recipe:
         case Quantize():
-            left |= quantize(model, chosen, recipe)
+            left |= quantize(model, chosen, recipe, moments)
         case PruneSmallest():
-            left |= prune_smallest(chosen, recipe)
+            left |= prune_smallest(chosen, recipe, moments)
         case PruneGroups():
-            left |= prune_groups(chosen, recipe)
+            left |= prune_groups(chosen, recipe, moments)
     changed = tuple(place.name for place in everything if place.name not in left)
     if not changed:
         raise UserError(f"{recipe} changes nothing in this model: {_reason(recipe, everything, left)}")

@@ -1,5 +1,6 @@
-"""Pruning by magnitude: the smallest weights of the matrices become zero. Heads and tables are left alone."""
+"""Weights of the matrices become zero. Heads and tables are left alone."""
 
+import functools
 import math
 
 import jax
@@ -7,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from phyla.compression import matrices
+from phyla.compression.calibrate import Moments, each
+from phyla.compression.feedback import sparsegpt, sparsegpt_groups
 from phyla.compression.recipes import PruneGroups, PruneSmallest
 
 LEFT = "heads and tables of the vocabulary are not pruned"
 
 
-def prune_smallest(chosen: list[matrices.Place], recipe: PruneSmallest) -> dict[str, str]:
+def prune_smallest(chosen: list[matrices.Place], recipe: PruneSmallest, moments: Moments) -> dict[str, str]:
     """Sets exactly the share of each matrix, or of all together, to zero, in place; returns what it leaves, and why.
 
     Of a stack, each layer's or expert's matrix is one by itself.
@@ -21,23 +24,28 @@ def prune_smallest(chosen: list[matrices.Place], recipe: PruneSmallest) -> dict[
     if recipe.together and pruned:
         flat = jnp.concatenate([place.value[...].ravel() for place in pruned])
         ends = np.cumsum([place.value.size for place in pruned])[:-1]
-        values = jnp.split(_smallest_to_zero(flat[None], recipe.percent)[0], ends)
+        values = jnp.split(_least_to_zero(flat[None], jnp.abs(flat[None]), recipe.percent)[0], ends)
     else:
-        each = [place.value[...].reshape(-1, math.prod(place.value.shape[-2:])) for place in pruned]
-        values = [_smallest_to_zero(w_SxN, recipe.percent) for w_SxN in each]
+        values = [_share_to_zero(place.value[...], moments.get(place.path), recipe) for place in pruned]
     for place, w in zip(pruned, values, strict=True):
         place.value[...] = w.reshape(place.value.shape)
     return left
 
 
-def prune_groups(chosen: list[matrices.Place], recipe: PruneGroups) -> dict[str, str]:
+def prune_groups(chosen: list[matrices.Place], recipe: PruneGroups, moments: Moments) -> dict[str, str]:
     """Keeps the largest of every group of inputs, in place; returns what it leaves, and why.
 
     Where the groups do not divide the inputs the last group is shorter, and as many of it stay.
     """
     pruned, left = _matrices(chosen)
     for place in pruned:
-        place.value[...] = largest_of_groups(place.value[...], recipe.keep, recipe.group)
+        w, moment = place.value[...], moments.get(place.path)
+        if recipe.by == "sparsegpt":
+            assert moment is not None
+            of_one = functools.partial(sparsegpt_groups, keep=recipe.keep, group=recipe.group)
+            place.value[...] = each(of_one, w, moment)
+        else:
+            place.value[...] = largest_of_groups(w, _importance(w, moment), recipe.keep, recipe.group)
     return left
 
 
@@ -46,20 +54,45 @@ def _matrices(chosen: list[matrices.Place]) -> tuple[list[matrices.Place], dict[
     return pruned, {place.name: LEFT for place in chosen if place.kind != "matrix"}
 
 
-@jax.jit(static_argnums=1)
-def _smallest_to_zero(w_SxN: jax.Array, percent: float) -> jax.Array:
+def _share_to_zero(w: jax.Array, moment: jax.Array | None, recipe: PruneSmallest) -> jax.Array:
+    if recipe.by == "sparsegpt":
+        assert moment is not None
+        return each(functools.partial(sparsegpt, percent=recipe.percent), w, moment)
+    importance = _importance(w, moment)
+    if recipe.by == "wanda":  # compares the inputs of an output
+        columns = w.swapaxes(-1, -2)
+        found = _least_to_zero(_rows(columns, 1), _rows(importance.swapaxes(-1, -2), 1), recipe.percent)
+        return found.reshape(columns.shape).swapaxes(-1, -2)
+    return _least_to_zero(_rows(w, 2), _rows(importance, 2), recipe.percent)
+
+
+def _importance(w: jax.Array, moment: jax.Array | None) -> jax.Array:
+    """|w|, times the norm of its input if the moments [..., K, K] are known."""
+    if moment is None:
+        return jnp.abs(w)
+    norm = jnp.sqrt(jnp.diagonal(moment, axis1=-2, axis2=-1))
+    return jnp.abs(w) * norm[..., None]
+
+
+def _rows(w: jax.Array, dimensions: int) -> jax.Array:
+    """The last dimensions as one, those before as another."""
+    return w.reshape(-1, math.prod(w.shape[w.ndim - dimensions :]))
+
+
+@jax.jit(static_argnums=2)
+def _least_to_zero(w_SxN: jax.Array, importance_SxN: jax.Array, percent: float) -> jax.Array:
     """Of each row; of equals the first go."""
     count = round(percent / 100 * w_SxN.shape[1])
-    smallest_SxC = jnp.argsort(jnp.abs(w_SxN), axis=1)[:, :count]
-    return w_SxN.at[jnp.arange(len(w_SxN))[:, None], smallest_SxC].set(0)
+    least_SxC = jnp.argsort(importance_SxN, axis=1)[:, :count]
+    return w_SxN.at[jnp.arange(len(w_SxN))[:, None], least_SxC].set(0)
 
 
-@jax.jit(static_argnums=(1, 2))
-def largest_of_groups(w: jax.Array, keep: int, group: int) -> jax.Array:
-    """w [..., K, N] with zeros but for the `keep` largest magnitudes of each `group` consecutive rows of a column."""
+@jax.jit(static_argnums=(2, 3))
+def largest_of_groups(w: jax.Array, importance: jax.Array, keep: int, group: int) -> jax.Array:
+    """w [..., K, N] with zeros but for the `keep` most important of each `group` consecutive rows of a column."""
     *stack, K, N = w.shape
     padding = [(0, 0)] * len(stack) + [(0, -K % group), (0, 0)]
-    magnitude = jnp.pad(jnp.abs(w), padding, constant_values=-1.0).reshape(*stack, -1, group, N)
-    rank = jnp.argsort(jnp.argsort(-magnitude, axis=-2), axis=-2)
+    importance = jnp.pad(importance, padding, constant_values=-1.0).reshape(*stack, -1, group, N)
+    rank = jnp.argsort(jnp.argsort(-importance, axis=-2), axis=-2)
     kept = (rank < keep).reshape(*stack, -1, N)[..., :K, :]
     return jnp.where(kept, w, 0)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from phyla.models.weights import Initializer, Weight, constant, materialize, parameter
+from phyla.models.weights import Initializer, Weight, constant, matmul, parameter
 
 
 class HeadwiseLinear(nnx.Module):
@@ -20,9 +20,12 @@ class HeadwiseLinear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., D], in x's dtype."""
-        dense = materialize(self.weight)
         # In float32: small blocks are bound by memory, and XLA:CPU has no batched product of bfloat16 into float32.
-        y_NxGxO = jnp.einsum("ngi,gio->ngo", x.reshape(-1, *dense.shape[:2]).astype(jnp.float32), dense)
+        x_NxGxI = x.reshape(-1, *self.weight.shape[:2]).astype(jnp.float32)
+        if isinstance(self.weight, Weight):
+            y_NxGxO = jax.vmap(matmul, in_axes=(1, 0), out_axes=1)(x_NxGxI, self.weight)
+        else:
+            y_NxGxO = jnp.einsum("ngi,gio->ngo", x_NxGxI, self.weight[...])
         y = y_NxGxO.astype(x.dtype).reshape(x.shape)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 

@@ -13,7 +13,6 @@ from phyla.models.weights import (
     Weight,
     constant,
     fan_in,
-    materialize,
     matmul,
     matmul_transposed,
     normal,
@@ -98,7 +97,9 @@ class ExpertLinear(nnx.Module):
 
         Rows after those of the last expert give zeros.
         """
-        return grouped_matmul(x, materialize(self.weight), sizes)
+        if isinstance(self.weight, Weight):
+            return self.weight.grouped_matmul(x, sizes)
+        return grouped_matmul(x, self.weight[...], sizes)
 
     def chosen(self, x: jax.Array, expert: jax.Array) -> jax.Array:
         """[N, in] -> [N, out], row n by the matrix of expert[n]: for few rows, since each reads a whole matrix."""

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from phyla.kernels.grouped_matmul import grouped_matmul
+
 Initializer = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 
 
@@ -113,6 +115,10 @@ class Weight(nnx.Module, abc.ABC):
     @abc.abstractmethod
     def materialize(self) -> jax.Array:
         """The dense float32 matrix, [in, out]."""
+
+    def grouped_matmul(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
+        """Of a stack [E, in, out]: x [N, in], each row times its group's matrix, [N, out]; see `ExpertLinear`."""
+        return grouped_matmul(x, materialize(self), sizes)
 
     def take(self, rows: jax.Array) -> jax.Array:
         """Rows of the matrix, float32 [..., out], by their numbers, integers [...]."""

@@ -210,6 +210,7 @@ class Compress:
       phyla compress --list
       phyla compress runs/RUN int8 --out runs/RUN-int8
       phyla compress runs/RUN magnitude-2:4+nf4 --out runs/RUN-small
+      phyla compress runs/RUN gptq-int4-g128 --out runs/RUN-int4 --calibration "books/*.txt"
     """
 
     run: Annotated[Path | None, Positional, arg(metavar="RUN")] = None
@@ -218,6 +219,10 @@ class Compress:
     """Methods, chained with + or one after the other."""
     out: Path | None = None
     """The new run's folder: new or empty."""
+    calibration: str | None = None
+    """The text that GPTQ, Wanda and SparseGPT read, as `--data.source`; None: what the run was trained on."""
+    tokens: int | None = None
+    """How much of it at most; None: 65,536."""
     list: bool = False
     """Only explain every method, in a line each."""
     json: Path | None = None
@@ -245,9 +250,12 @@ def compress(arguments: Sequence[str]) -> None:
     chosen = recipes.parse("+".join(options.recipe))
     assert options.run is not None
     assert options.out is not None
-    from phyla.training.compress import compress_run
+    from phyla.training.compress import Calibration, compress_run
 
-    compress_run(options.run, chosen, options.out, json=options.json)
+    given = {"source": options.calibration, "tokens": options.tokens}
+    given = {name: value for name, value in given.items() if value is not None}
+    calibration = Calibration(**given) if given else None
+    compress_run(options.run, chosen, options.out, calibration=calibration, json=options.json)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,22 +1,26 @@
 """`phyla compress`: a run with a smaller model made of a run, and what that cost."""
 
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from rich.console import Console
 from rich.table import Column, Table
 
+from phyla.compression.calibrate import Moments, moments
 from phyla.compression.compress import Step, abstract, compress
 from phyla.compression.matrices import dotted, weights
 from phyla.compression.recipes import Recipe
 from phyla.models.config import ModelConfig
+from phyla.models.errors import UserError
 from phyla.models.language_model import LanguageModel
 from phyla.models.registry import LAYERS
 from phyla.models.weights import Weight, materialize
@@ -60,26 +64,52 @@ def _nonzero(weight: nnx.Param | Weight) -> jax.Array:
     return jnp.count_nonzero(materialize(weight))
 
 
-def compress_run(folder: Path, recipes: Sequence[Recipe], out: Path, *, json: Path | None = None) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """The text that GPTQ, Wanda and SparseGPT read."""
+
+    source: str | None = None
+    """As `data.source`; None: the run's own training text."""
+    tokens: int = 65_536
+    """At most; whole rows of the run's sequence length."""
+
+    def __post_init__(self):
+        if self.tokens < 1:
+            raise UserError(f"--tokens must be at least 1, not {self.tokens}")
+
+
+def compress_run(
+    folder: Path,
+    recipes: Sequence[Recipe],
+    out: Path,
+    *,
+    calibration: Calibration | None = None,
+    json: Path | None = None,
+) -> dict[str, Any]:
     """Applies recipes to a run's last checkpoint and writes the result as another run, with a table of what it cost.
 
     Args:
         folder: the run; it may be compressed already.
         recipes: applied in this order.
         out: a new or empty folder.
+        calibration: what recipes read that need text; None: the default.
         json: where the figures go; None: compression.json in `out`.
 
     Returns:
         The figures.
 
-    Raises UserError if the folder is no run, `out` has files, or a recipe finds nothing in the model to change.
+    Raises UserError if the folder is no run, `out` has files, a recipe finds nothing in the model to change, or there
+    is no text for those that need it.
     """
+    if calibration is not None and not any(recipe.needs_text for recipe in recipes):
+        raise UserError(f"{'+'.join(map(str, recipes))} reads no text: leave --calibration and --tokens out")
+    calibration = calibration or Calibration()
     run.check_new(out)
     done = (*run.read_recipes(folder), *recipes)
     abstract(run.read_experiment(folder).model, done)  # which refuses before anything is computed
     saved = load(folder)
     original = saved.model()
-    steps = compress(original, recipes)
+    steps = compress(original, recipes, functools.partial(_moments, saved, calibration))
     rows = [{"recipe": None} | dataclasses.asdict(size(original))]
     rows += [{"recipe": str(step.recipe)} | dataclasses.asdict(size(step.model)) for step in steps]
     _compare(saved, [original, *(step.model for step in steps)], rows)
@@ -94,6 +124,7 @@ def compress_run(folder: Path, recipes: Sequence[Recipe], out: Path, *, json: Pa
     record = {
         "run": str(folder),
         "step": saved.step,
+        "calibration": dataclasses.asdict(calibration) if any(each.needs_text for each in recipes) else None,
         "steps": rows,
         "coverage": _coverage(saved.experiment.model, steps),
         "parameters": _parameters(steps),
@@ -102,6 +133,30 @@ def compress_run(folder: Path, recipes: Sequence[Recipe], out: Path, *, json: Pa
     run.write_json(json or out / "compression.json", record)
     _print(out, record)
     return record
+
+
+def _moments(saved: Saved, calibration: Calibration, model: LanguageModel) -> Moments:
+    """Of the rows of the text that have no padding."""
+    data = saved.experiment.data
+    if calibration.source is not None:
+        data = dataclasses.replace(data, source=calibration.source)
+    packed = prepare(data, saved.tokenizer, "train", max_tokens=calibration.tokens)
+    (full,) = np.nonzero(np.all(packed.segment_ids != 0, axis=1))
+    if not len(full):
+        raise UserError(f"{calibration.tokens} tokens fill no row of data.sequence_length {data.sequence_length} + 1")
+    rows = min(saved.experiment.loop.batch_size, len(full))
+    full = full[: len(full) // rows * rows]
+    packed = dataclasses.replace(packed, tokens=packed.tokens[full], segment_ids=packed.segment_ids[full])
+    ask = make_asker(saved.experiment, saved.tokenizer.mask_id)
+    with Reporter() as reporter, reporter.task("calibrate", len(full) // rows, "batches") as task:
+
+        def batches() -> Iterator[tuple[jax.Array, jax.Array]]:
+            for i, batch in enumerate(packed.batches(rows)):
+                asked = ask(jax.tree.map(jnp.asarray, batch), jax.random.key(i))
+                yield asked.tokens, asked.segment_ids
+                task.update(i + 1)
+
+        return jax.block_until_ready(moments(model, batches()))
 
 
 def _compare(saved: Saved, models: list[LanguageModel], rows: list[dict[str, Any]]) -> None:

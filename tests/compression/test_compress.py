@@ -12,6 +12,7 @@ from flax import nnx
 from jax.scipy.stats import norm
 
 from phyla import configs
+from phyla.compression.calibrate import moments
 from phyla.compression.compress import abstract, compress
 from phyla.compression.matrices import dotted, places, replace, weights
 from phyla.compression.recipes import METHODS, parse
@@ -360,3 +361,93 @@ def test_names():
     }.items():
         with pytest.raises(UserError, match=error):
             parse(name)
+
+
+def batches():
+    for key in jax.random.split(jax.random.key(3), 3):
+        tokens = jax.random.randint(key, (2, 12), 0, 61)
+        yield tokens, jnp.ones_like(tokens)
+
+
+class Noted(Weight):
+    """A dense matrix that calls the host with what it multiplies."""
+
+    def __init__(self, dense: jax.Array, note):
+        self.dense = nnx.Variable(dense)
+        count = math.prod(dense.shape[:-2])
+        self.number = nnx.Variable(jnp.arange(count).reshape(dense.shape[:-2]))  # of each matrix of the stack
+        self.note = note
+
+    @property
+    def shape(self):
+        return self.dense.shape
+
+    def materialize(self):
+        return self.dense[...]
+
+    def matmul(self, x):
+        jax.debug.callback(self.note, self.number[...], x)
+        return x @ self.dense[...]
+
+    def grouped_matmul(self, x, sizes):
+        jax.debug.callback(self.note, self.number[...], x, sizes)
+        return super().grouped_matmul(x, sizes)
+
+
+@pytest.mark.parametrize("family", configs.SMALL)
+def test_moments_are_those_of_what_each_matrix_multiplies(family):
+    """Against the vectors themselves, in float64."""
+    found = moments(built(family), batches())
+    assert found.keys() == {place.path for place in places(built(family)) if place.kind == "matrix"}
+    model = nnx.clone(built(family))
+    expected = {path: np.zeros((math.prod(moment.shape[:-2]), *moment.shape[-2:])) for path, moment in found.items()}
+
+    def add(path, number, x, sizes=None):
+        rows = np.split(np.float64(x).reshape(-1, x.shape[-1]), np.cumsum(sizes)[:-1] if sizes is not None else [])
+        for n, x in zip(np.ravel(number), rows, strict=True):
+            expected[path][n] += x.T @ x
+
+    for path in found:
+        replace(model, path, Noted(materialize(weights(model)[path]), functools.partial(add, path)))
+    for tokens, segment_ids in batches():
+        nnx.jit(lambda model, *given: model.forward(*given).hidden)(model, tokens, None, segment_ids)
+    jax.effects_barrier()
+    for path, moment in found.items():
+        close = {"rtol": 1e-3, "atol": 1e-4 * expected[path].max(), "err_msg": dotted(path)}
+        np.testing.assert_allclose(moment, expected[path].reshape(moment.shape), **close)
+
+
+def hidden(model: LanguageModel) -> np.ndarray:
+    return np.concatenate([np.ravel(model.forward(*given).hidden) for given in ((t, None, s) for t, s in batches())])
+
+
+@pytest.mark.parametrize(
+    "family", [f if f in ("jamba", "xlstm") else pytest.param(f, marks=pytest.mark.slow) for f in configs.SMALL]
+)
+@pytest.mark.parametrize("methods", [("gptq-int4", "int4"), ("sparsegpt-2:4", "magnitude-2:4"), ("wanda-50%", "")])
+def test_methods_that_read_text(family, methods):
+    """They change what others of their kind change, and the model's answers to that text less."""
+    better, plain = methods
+    model = built(family)
+    (step,) = compress(model, parse(better), lambda model: moments(model, batches()))
+    if plain:
+        (other,) = compress(model, parse(plain))
+        assert step.changed == other.changed
+        answers = hidden(model)
+        assert np.linalg.norm(hidden(step.model) - answers) < np.linalg.norm(hidden(other.model) - answers)
+    else:
+        moment = moments(model, batches())
+        for place in places(model):
+            if place.name in step.changed:
+                w, found = np.asarray(place.value[...]), np.asarray(weights(step.model)[place.path][...])
+                norm = np.sqrt(np.diagonal(moment[place.path], axis1=-2, axis2=-1))[..., None]
+                kept, score = found != 0, np.abs(w) * norm
+                assert (kept.sum(-2) == w.shape[-2] - round(w.shape[-2] / 2)).all()
+                np.testing.assert_array_equal(found[kept], w[kept])
+                assert (np.where(kept, score, np.inf).min(-2) >= np.where(kept, 0, score).max(-2)).all()
+
+
+def test_without_text_gptq_is_rounding_to_nearest():
+    ours, nearest = (values(compress(built("mamba"), parse(name))[-1].model) for name in ("gptq-int4-g8", "int4-g8"))
+    for name, w in ours.items():
+        np.testing.assert_array_equal(w, nearest[name], err_msg=name)
