@@ -73,6 +73,7 @@ def test_gptq_rounds_to_nearest_what_no_text_tells_of_and_leaves_zeros():
 @pytest.mark.parametrize(("keep", "group"), [(2, 4), (1, 3), (3, 8)])
 def test_sparsegpt_keeps_n_of_m(keep, group):
     W, x, moment = problem()
+    kept = np.zeros((group, N), bool)
 
     def choose(i, W, inverse):
         if i % group == 0:
@@ -80,8 +81,8 @@ def test_sparsegpt_keeps_n_of_m(keep, group):
             U = np.linalg.cholesky(remaining).T  # the rows of the factor as the papers have them
             part = slice(i, i + group)
             cost = (W[part] / np.diag(U)[: len(W[part]), None]) ** 2
-            choose.kept = np.argsort(np.argsort(-cost, axis=0), axis=0) < keep
-        return np.where(choose.kept[i % group], W[i], 0)
+            kept[: len(cost)] = np.argsort(np.argsort(-cost, axis=0), axis=0) < keep
+        return np.where(kept[i % group], W[i], 0)
 
     expected = brain_surgeon(W, moment, choose)
     found = np.asarray(sparsegpt_groups(jnp.asarray(W, jnp.float32), jnp.asarray(moment, jnp.float32), keep, group))

@@ -21,7 +21,7 @@ from phyla.models.language_model import LanguageModel
 from phyla.models.mixers.attention import AttentionConfig
 from phyla.models.weights import Weight, materialize
 from phyla.training import run
-from phyla.training.compress import compress_run
+from phyla.training.compress import Calibration, compress_run
 from phyla.training.convert import export_model, import_model
 from phyla.training.data.pipeline import Packed, prepare
 from phyla.training.data.tokenizers import ByteTokenizer
@@ -136,6 +136,22 @@ def test_it_is_a_run_like_any_other(trained, compressed, tmp_path):
         train(load(out).experiment, out)
 
 
+def test_methods_that_read_text_read_what_they_are_told(trained, tmp_path):
+    """Another text gives other codes, and the same text the same."""
+    (tmp_path / "other.txt").write_text("Pack my box with five dozen liquor jugs. " * 20)
+    found = []
+    for out, source in (("a", None), ("b", str(tmp_path / "other.txt")), ("c", None)):
+        options = Calibration(source=source, tokens=500)
+        record = compress_run(trained, parse("sparsegpt-2:4+gptq-int4"), tmp_path / out, calibration=options)
+        assert record["calibration"] == {"source": source, "tokens": 500}
+        found.append(jax.tree.leaves(load(tmp_path / out).params))
+    own, other, again = found
+    assert all(np.array_equal(one, two) for one, two in zip(own, again, strict=True))
+    assert not all(np.array_equal(one, two) for one, two in zip(own, other, strict=True))
+    dense = materialize(weights(load(tmp_path / "a").model())["periods", "blocks", 0, "mixer", "q", "weight"])
+    assert (np.count_nonzero(np.reshape(dense, (-1, 4, dense.shape[-1])), axis=1) <= 2).all()
+
+
 def test_an_imported_model_is_exported_dense(tmp_path, capsys):
     """One without a tokenizer, hence without a loss."""
     import_model(LLAMA, tmp_path / "run")
@@ -183,6 +199,11 @@ def test_masked_tokens():
         (["nf4", "int8", "--out", "new"], "int8 changes nothing in this model: every matrix is quantized already"),
         (["int8@mixer.zz", "--out", "new"], "'mixer.zz' is in no dense parameter's path; nearest: periods"),
         (["int8", "--out", "."], "exists and is not an empty folder"),
+        (["gptq-nf4", "--out", "new"], "no method 'gptq-nf4'; nearest: gptq-int4"),
+        (["wanda-100%", "--out", "new"], "wanda-100%: more than 0 and less than 100 % can go; nearest: wanda-50%"),
+        (["int8", "--tokens", "9", "--out", "new"], "int8 reads no text: leave --calibration and --tokens out"),
+        (["gptq-int4", "--tokens", "0", "--out", "new"], "--tokens must be at least 1, not 0"),
+        (["gptq-int4", "--tokens", "9", "--out", "new"], "9 tokens fill no row of data.sequence_length 16 + 1"),
     ],
 )
 def test_wrong_arguments(trained, tmp_path, monkeypatch, capsys, arguments, error):
