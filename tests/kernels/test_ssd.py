@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from phyla.kernels.ssd import ssd
+from phyla.kernels.ssd import ssd, tpu
 from phyla.kernels.ssd.xla import CHUNK
+from tests.kernels.chip import temporaries
 
 B, T, H, P, G, N = 2, 3 * CHUNK + 7, 4, 3, 2, 5
 
@@ -116,3 +117,18 @@ def test_groups_must_divide_heads():
         arguments[key] = jnp.concatenate([arguments[key], arguments[key][:, :, :1]], axis=2)
     with pytest.raises(ValueError, match="3 groups of B do not divide 4 heads"):
         ssd(*arguments.values())
+
+
+def test_memory_of_a_training_step_with_the_kernel():
+    """Beside arguments and gradients: the states before chunks, rates and decays, dB and dC, the output and its own."""
+    tokens, heads, size, states = 2**18, 8, 64, 128  # so many tokens that nothing stays on the chip
+    x = jax.ShapeDtypeStruct((1, tokens, heads * size), jnp.bfloat16)
+    dt, A = jax.ShapeDtypeStruct((1, tokens, heads), jnp.float32), jax.ShapeDtypeStruct((heads,), jnp.float32)
+    B = jax.ShapeDtypeStruct((1, tokens, states), jnp.bfloat16)
+
+    def loss(x, dt, A, B, C, D):
+        y, _ = ssd(x.reshape(1, tokens, heads, size), dt, A, B[:, :, None], C[:, :, None], D)
+        return jnp.sum(y.reshape(x.shape).astype(jnp.float32) ** 2)
+
+    used = temporaries(jax.grad(loss, argnums=tuple(range(6))), x, dt, A, B, B, A)
+    assert used / tokens < 2 * heads * size * states / tpu.CHUNK + 2 * 8 * heads + 8 * states + 2 * 2 * heads * size

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from phyla.kernels.wkv7 import wkv7
+from phyla.kernels.wkv7 import tpu, wkv7
 from phyla.kernels.wkv7.xla import CHUNK
+from tests.kernels.chip import temporaries
 from tests.kernels.ops.wkv7 import H, K, V, draw
 
 B, T = 2, 3 * CHUNK + 5
@@ -81,3 +82,18 @@ def test_a_document_that_overflows_leaves_the_next_one_alone():
     assert not np.isfinite(loud_y[:, :begin]).all()
     np.testing.assert_array_equal(loud_y[:, begin:], quiet_y[:, begin:])
     np.testing.assert_array_equal(loud_state, quiet_state)
+
+
+def test_memory_of_a_training_step_with_the_kernel():
+    """Beside arguments and gradients: the states at the starts of chunks, the output, and its gradient."""
+    T, heads, size = 2**18, 2, 64  # so many tokens that nothing stays on the chip
+    x = jax.ShapeDtypeStruct((1, T, heads * size), jnp.bfloat16)
+    log_w = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+
+    def loss(*arguments):
+        y, _ = wkv7(*(each.reshape(1, T, heads, size) for each in arguments))
+        return jnp.sum(y.reshape(x.shape).astype(jnp.float32) ** 2)
+
+    used = temporaries(jax.grad(loss, argnums=tuple(range(6))), x, log_w, x, x, x, x)
+    states = heads * size * size * 4 / tpu.BLOCKS[2].chunk
+    assert used / T < 1.01 * (states + 2 * 2 * heads * size)
