@@ -2,8 +2,8 @@
 
 The grid is (batch, heads, time); time goes in order. A step reads a block of some chunks of some groups of heads as
 [time, (heads, channels)], the layout of the layers, and writes the output. If a gradient is wanted, it also writes the
-state at the start of every chunk, which with the inputs is all that the backward kernel reads: float32, 4 H N² / L bytes
-a token for chunks of L and heads padded to N channels.
+state at the start of every chunk, which with the inputs is all that the backward kernel reads: float32, 4 H N² / L
+bytes a token for chunks of L and heads padded to N channels.
 
 Documents: a chunk is done once for each document that it has, on inputs that are zero elsewhere. Most have one.
 """
