@@ -8,9 +8,15 @@ from phyla.kernels.dispatch import resolve
 from phyla.kernels.segments import starts
 from phyla.kernels.selective_scan.gpu import selective_scan_gpu
 from phyla.kernels.selective_scan.reference import selective_scan_reference
+from phyla.kernels.selective_scan.tpu import selective_scan_tpu
 from phyla.kernels.selective_scan.xla import selective_scan_xla
 
-IMPLEMENTATIONS = {"reference": selective_scan_reference, "xla": selective_scan_xla, "gpu": selective_scan_gpu}
+IMPLEMENTATIONS = {
+    "reference": selective_scan_reference,
+    "xla": selective_scan_xla,
+    "tpu": selective_scan_tpu,
+    "gpu": selective_scan_gpu,
+}
 
 
 def selective_scan(
@@ -44,7 +50,7 @@ def selective_scan(
         initial_state: h before the first token, [B, D, N]; None is zeros. It belongs to the first token's segment.
         segment_ids: integers, [B, T]; the state is zero at the start of every token whose id differs from that of
             the token before it.
-        implementation: "reference", "xla", "gpu" or None, the best for the backend.
+        implementation: "reference", "xla", "tpu", "gpu" or None, the best for the backend.
 
     Returns:
         y, [B, T, D] in the dtype of x, and the state after the last token, float32 [B, D, N].

@@ -1,12 +1,17 @@
 """Selective scan: what is particular to it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from phyla.kernels.selective_scan import selective_scan
+from phyla.kernels.dispatch import Unfit
+from phyla.kernels.selective_scan import selective_scan, tpu_layout
 from phyla.kernels.selective_scan.xla import _exp2, _exp2_cpu
+from phyla.training import targets
+from tests.kernels.chip import temporaries
 
 
 def gradient(*arguments):
@@ -31,6 +36,30 @@ def test_memory_does_not_grow_with_the_states():
         temporary[N] = analysis.temp_size_in_bytes
         assert temporary[N] < B * T * D * N * 4
     assert temporary[64] < 2 * temporary[16]
+
+
+def test_memory_of_a_training_step_with_the_kernel():
+    """Beside arguments and gradients: the states before chunks, B, C and theirs with lanes to spare, y and its own."""
+    T, D, N = 2**17, 1024, 16  # so many tokens that nothing stays on the chip
+    x, dt = (jax.ShapeDtypeStruct((1, T, D), dtype) for dtype in (jnp.bfloat16, jnp.float32))
+    A, skip = jax.ShapeDtypeStruct((D, N), jnp.float32), jax.ShapeDtypeStruct((D,), jnp.float32)
+    B = jax.ShapeDtypeStruct((1, T, N), jnp.bfloat16)
+
+    def loss(*arguments):
+        return jnp.sum(selective_scan(*arguments)[0].astype(jnp.float32) ** 2)
+
+    used = temporaries(jax.grad(loss, argnums=range(6)), x, dt, A, B, B, skip)
+    chunk, _ = tpu_layout.DEFAULT
+    assert used / T < 4 * N * D / chunk + 2048 + 2 * 2 * D
+
+
+def test_states_that_do_not_fit_run_elsewhere():
+    """Asked for by name, the kernel raises; chosen for its chip, it steps aside and says why."""
+    arguments = shapes(1, 256, 4096, 1024)
+    with pytest.raises(Unfit, match=r"1024 states of 4096 channels need .* of 48 MB VMEM"):
+        jax.eval_shape(functools.partial(selective_scan, implementation="tpu"), *arguments)
+    with jax.set_mesh(targets.mesh("v5e")), pytest.warns(UserWarning, match="no tpu kernel fits, so xla runs"):
+        jax.eval_shape(selective_scan, *arguments)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])

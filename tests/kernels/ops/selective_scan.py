@@ -36,5 +36,5 @@ OP = Op(
     by_token=frozenset({"x", "dt", "B", "C"}),
     output_shape=(D,),
     loud=frozenset({"x"}),
-    fast=("xla", "gpu"),
+    fast=("xla", "tpu", "gpu"),
 )
