@@ -6,7 +6,7 @@ load repeats eight times down a register at no cost. x and dt come as tiles of [
 a stride turn them into one register a token.
 
 Beside inputs, results and gradients, the backward pass keeps the state before every chunk, 4 N D / CHUNK bytes
-a token (2,560 for D 5120, N 16, CHUNK 128), and B, C and their gradients with lanes to spare, some 2 KB a token.
+a token (1,280 for D 5120, N 16, CHUNK 256), and B, C and their gradients with lanes to spare, some 2 KB a token.
 """
 
 import functools

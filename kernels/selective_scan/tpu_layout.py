@@ -13,14 +13,14 @@ from phyla.kernels.tpu import LANES, SUBLANES, kind
 
 ROWS = SUBLANES
 """Tokens that are loaded at a time."""
-GROUP = 8
+GROUP = 4
 """States that go through SUBLANES tokens together: more do not stay in registers."""
 CHANNELS = SUBLANES * LANES
 VMEM = 48 << 20
 """Bytes that a kernel may ask for; the least of any chip is 64 MB."""
 BLOCKS = {"": (16, 8)}
 """Kind of chip -> tokens of a chunk, tokens of the unrolled body of a loop; here for the interpreter, else DEFAULT."""
-DEFAULT = 128, 32
+DEFAULT = 256, 64
 
 
 class Sizes(NamedTuple):
