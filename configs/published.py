@@ -212,6 +212,7 @@ def _rwkv7(name: str, *, width: int, layers: int, ranks: tuple[int, int, int, in
         pattern=(BlockConfig(mixer=mixer, channel=RWKV7ChannelConfig()),),
         embedding_norm=True,
         tie_embeddings=False,
+        embedding_init="rwkv",
         norm="layernorm",
     )
     return _experiment(name, model)
@@ -256,6 +257,7 @@ def _rwkv4(name: str, width: int, layers: int) -> Experiment:
         pattern=(BlockConfig(mixer=RWKV4Config(), channel=RWKV4ChannelConfig()),),
         embedding_norm=True,
         tie_embeddings=False,
+        embedding_init="rwkv",
         norm="layernorm",
     )
     return _experiment(name, model)

@@ -74,6 +74,9 @@ class ModelConfig:
     """Normalise the sum of the embeddings (BERT, BLOOM, RWKV)."""
     tie_embeddings: bool = True
     """Use the embedding matrix as the head."""
+    embedding_init: Literal["gpt2", "rwkv"] = "gpt2"
+    """Of a new model's embedding and head: normal(0.02) and normal(1 / √D), or, to be normalised and not tied,
+    uniform(1e-4) and orthogonal of gain √(V / D) / 2, at least 1/2."""
     head_transform: Activation | None = None
     """norm(activation(linear(x))) before the head (BERT's masked-token head); None for none."""
     head_bias: bool = False
@@ -125,6 +128,8 @@ class ModelConfig:
         for name in ("learned_positions", "token_types"):
             if getattr(self, name) < 0:
                 raise UserError(f"model.{name} must be at least 0, not {getattr(self, name)}")
+        if self.embedding_init == "rwkv" and (self.tie_embeddings or not self.embedding_norm):
+            raise UserError("model.embedding_init rwkv needs model.embedding_norm true and model.tie_embeddings false")
         if self.logit_cap is not None and not self.logit_cap > 0:
             raise UserError(f"model.logit_cap must be positive, not {self.logit_cap}")
 

@@ -10,7 +10,7 @@ from phyla.models.config import Activation, BlockConfig, ModelConfig
 from phyla.models.cursor import Cursor, advance, start
 from phyla.models.errors import UserError
 from phyla.models.layers import ACTIVATIONS, Embedding, Linear, build_norm
-from phyla.models.weights import constant, materialize, parameter
+from phyla.models.weights import constant, materialize, orthogonal, parameter, uniform
 
 
 class ModelState(NamedTuple):
@@ -121,7 +121,8 @@ class LanguageModel(nnx.Module):
         self.config = config
         self.dtype = jnp.dtype(config.dtype)
         D, E = config.width, config.embedding_width or config.width
-        self.embedding = Embedding(config.vocab_size, E, rngs)
+        rwkv = config.embedding_init == "rwkv"
+        self.embedding = Embedding(config.vocab_size, E, rngs, init=uniform(1e-4) if rwkv else None)
         if config.learned_positions:
             self.position_embedding = Embedding(config.learned_positions, E, rngs, axes=("positions", "embed"))
         if config.token_types:
@@ -143,7 +144,8 @@ class LanguageModel(nnx.Module):
             self.head_transform = HeadTransform(config, config.head_transform, E, rngs)
         if not config.tie_embeddings:
             width = E if config.head_transform else D
-            self.head = Linear((width, config.vocab_size), ("embed", "vocab"), rngs)
+            init = orthogonal(0.5 * max(1.0, config.vocab_size / width) ** 0.5) if rwkv else None
+            self.head = Linear((width, config.vocab_size), ("embed", "vocab"), rngs, init=init)
         if config.pooler:
             self.pooler = Linear((D, D), ("embed", "embed_out"), rngs, bias=True)
         if config.head_bias:

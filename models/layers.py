@@ -110,8 +110,16 @@ class ExpertLinear(nnx.Module):
 class Embedding(nnx.Module):
     """A table of `rows` vectors; `logits` uses it as a head. `weight` (rows, D) is a Param or a `Weight`."""
 
-    def __init__(self, rows: int, width: int, rngs: nnx.Rngs, *, axes: tuple[str, str] = ("vocab", "embed")):
-        self.weight: nnx.Param | Weight = parameter(normal(0.02), (rows, width), axes, rngs, weight_decay=True)
+    def __init__(
+        self,
+        rows: int,
+        width: int,
+        rngs: nnx.Rngs,
+        *,
+        axes: tuple[str, str] = ("vocab", "embed"),
+        init: Initializer | None = None,
+    ):
+        self.weight: nnx.Param | Weight = parameter(init or normal(0.02), (rows, width), axes, rngs, weight_decay=True)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """Integers [...] -> float32 [..., D]."""
