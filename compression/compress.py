@@ -26,6 +26,8 @@ class Step(NamedTuple):
     """Paths of parameters."""
     left: dict[str, str]
     """Paths of the dense parameters that it left as they were, and why."""
+    note: str = ""
+    """What else is to be said of it."""
 
 
 def compress(
@@ -66,12 +68,13 @@ def _apply(model: LanguageModel, recipe: Rule, calibrate: Callable[[LanguageMode
     free = [place for place in everything if place.kind]
     chosen = [place for place in free if re.search(recipe.only, place.name)]
     left |= {place.name: f"{recipe} is not for it" for place in free if place not in chosen}
-    model, of_chosen = recipe.apply(model, chosen, moments, key)
+    model, of_chosen, besides, note = recipe.apply(model, chosen, moments, key)
     left |= of_chosen
-    changed = tuple(place.name for place in everything if place.name not in left)
+    changed = (*(place.name for place in everything if place.name not in left), *besides)
+    left = {name: why for name, why in left.items() if name not in besides}
     if not changed:
         raise UserError(f"{recipe} changes nothing in this model: {_reason(recipe, everything, left)}")
-    return Step(model, recipe, changed, left)
+    return Step(model, recipe, changed, left, note)
 
 
 def _reason(recipe: Rule, everything: list[matrices.Place], left: dict[str, str]) -> str:
