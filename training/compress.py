@@ -18,7 +18,7 @@ from rich.table import Column, Table
 from phyla.compression.calibrate import Moments, moments
 from phyla.compression.compress import Step, abstract, compress
 from phyla.compression.matrices import dotted, weights
-from phyla.compression.recipes import Recipe
+from phyla.compression.rule import Rule
 from phyla.models.config import ModelConfig
 from phyla.models.errors import UserError
 from phyla.models.language_model import LanguageModel
@@ -80,7 +80,7 @@ class Calibration:
 
 def compress_run(
     folder: Path,
-    recipes: Sequence[Recipe],
+    recipes: Sequence[Rule],
     out: Path,
     *,
     calibration: Calibration | None = None,
