@@ -44,8 +44,10 @@ def transposed(g, w):
     def run(g, *values):
         return (matmul(_parts(g)[:, None], _named(arrays, values), transpose=True, dtype=dtype, **options),)
 
-    dims = [dims.replace("H", "N").replace("K", "H") for _, dims in arrays.values()]
-    (dx,) = per_device(run, ["B N", *dims], ["B H"])(g, *(array for array, _ in arrays.values()))
+    # Rows are divided among devices if that cuts no piece.
+    rows = "H" if options["piece"] is None or len(w.codes) % options["piece"] == 0 else "K"
+    dims = [dims.replace("H", "N").replace("K", rows) for _, dims in arrays.values()]
+    (dx,) = per_device(run, ["B N", *dims], [f"B {rows}"])(g, *(array for array, _ in arrays.values()))
     return dx[:, :K]
 
 
@@ -98,15 +100,15 @@ def _arrays(w: Format):
     if type(w) not in (Int4, NF4):
         raise Unfit(f"there is no kernel for {type(w).__name__}")
     assert isinstance(w, Int4 | NF4)
-    rows = -(-w.rows // 2)
-    rows += -rows % DEPTH
-    group = w.group // 2 if w.group < w.rows else rows
+    rows, group = len(w.codes), w.group // 2
+    if w.group >= w.rows:
+        group = rows + -rows % DEPTH
     if group % PIECE:
         raise Unfit(f"{w.rows} rows in groups of {w.group}; groups must be multiples of {2 * PIECE} rows")
     piece = math.gcd(group, DEPTH)
 
     def by_pieces(v):
-        return pad(jnp.repeat(v.astype(jnp.float32), group // piece, 0), 0, rows // piece)[: rows // piece], "K H"
+        return jnp.repeat(v.astype(jnp.float32), group // piece, 0)[: -(-rows // piece)], "K H"
 
     arrays = {"codes": (w.codes, "K H"), "scale": by_pieces(w.scales() if isinstance(w, NF4) else w.scale)}
     if isinstance(w, Int4) and w.zero is not None:

@@ -41,11 +41,11 @@ SINGLE = plgpu.Layout.TILED(
 
 
 def matmul(x, a, *, kind, planes, piece, transpose, dtype):
-    """X [M, K] by the matrix, or [M, N] by the transposed one; results that are no whole block are zero.
+    """X [M, K] by the matrix, or [M, N] by the transposed one.
 
     Args:
         x: [parts, planes or 1, M, rows or columns of codes], bfloat16 or int8.
-        a: arrays, by name: codes [R, N]; scale, [1, N] or [R' / piece, N] with R' >= R; shift like it; row_scale [M].
+        a: arrays, by name: codes [R, N]; scale, [1, N] or [ceil(R / piece), N]; shift like it; row_scale [M].
             Transposed, x is already multiplied by a [1, N] scale.
         kind: "int8", "float8", "int4" or "nf4".
         planes: numbers in a code, of matrix rows that follow each other.
@@ -59,10 +59,9 @@ def matmul(x, a, *, kind, planes, piece, transpose, dtype):
     br, bn = (RESULTS // planes, DEPTH) if transpose else (DEPTH, RESULTS)
     bm = M + -M % 8 if few else FEW if M <= FEW else MANY[parts]
     x = pad(x.reshape(-1, *x.shape[2:]), 1, bm, 2, bn if transpose else br)
-    a = {name: pad(v, *(() if name == "row_scale" else (1, bn))) for name, v in a.items()}
-    a["codes"] = pad(a["codes"], 0, br)
-    if "row_scale" in a:
-        a["row_scale"] = pad(a["row_scale"], 0, bm)
+    sizes = {"codes": (0, br, 1, bn), "row_scale": (0, bm)}
+    of_scale = (0, br // piece, 1, bn) if piece else (1, bn)
+    a = {name: pad(v, *sizes.get(name, of_scale)) for name, v in a.items()}
     Q, rows_of_x, _ = x.shape
     Rp, Np = a["codes"].shape
     outputs = planes if transpose else 1
@@ -130,8 +129,8 @@ def matmul(x, a, *, kind, planes, piece, transpose, dtype):
         cost_estimate=pl.CostEstimate(flops=2 * parts * M * R * planes * N, transcendentals=0, bytes_accessed=moved),
     )
     y = jnp.swapaxes(y.sum(0), 1, 2) if few else y[0]
-    y = jnp.moveaxis(y, 0, 2).reshape(rows_of_x, -1) if transpose else y[0, :, :N]
-    return y[:M].astype(dtype)
+    y = jnp.moveaxis(y, 0, 2).reshape(rows_of_x, -1)[:M, : R * planes if transpose else N]
+    return y.astype(dtype)
 
 
 def _splits(terms, blocks):
