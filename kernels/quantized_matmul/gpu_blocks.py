@@ -15,8 +15,8 @@ arrive in SMEM meanwhile. Codes become bfloat16 in registers, those go to SMEM, 
 | rows of x in a block | all | 128 (64 in float32) |
 | sums | divided among blocks until every multiprocessor has one, and added by XLA | whole |
 
-A float32 is three parts of bfloat16, as in gpu_attention.py, and so is code · scale for it: six products. A code alone is
-exact in one part: three products.
+A float32 is three parts of bfloat16, as in gpu_attention.py, and so is code · scale for it: six products. A code alone
+is exact in one part: three products.
 """
 
 import jax
@@ -58,7 +58,7 @@ def matmul(x, a, *, kind, planes, piece, transpose, dtype):
     (parts, _, M, _), (R, N) = x.shape, codes.shape
     few, integers = M <= FEW, x.dtype == jnp.int8
     br, bn = (RESULTS // planes, DEPTH) if transpose else (DEPTH, RESULTS)
-    bm = M + -M % 8 if few else FEW if M <= FEW else MANY[parts]
+    bm = M + -M % 8 if few else MANY[parts]
     x = pad(x.reshape(-1, *x.shape[2:]), 1, bm, 2, bn if transpose else br)
     sizes = {"codes": (0, br, 1, bn), "row_scale": (0, bm)}
     of_scale = (0, br // piece, 1, bn) if piece else (1, bn)
@@ -72,8 +72,8 @@ def matmul(x, a, *, kind, planes, piece, transpose, dtype):
     steps = terms // splits
     staged = {"codes": (a["codes"], (br, bn))}
     if piece:
-        staged |= {name: (a[name], (br // piece, bn)) for name in a.keys() & {"scale", "shift"}}
-    direct = {name: a[name] for name in a if name not in staged and not (transpose and name == "scale")}
+        staged |= {name: (a[name], (br // piece, bn)) for name in ("scale", "shift") if name in a}
+    direct = {name: a[name] for name in a if name not in staged}
     names = ["x", *staged, *direct, "y", "dense"]
 
     def body(*refs):
@@ -81,8 +81,8 @@ def matmul(x, a, *, kind, planes, piece, transpose, dtype):
         block, m, s = (jax.lax.axis_index(name) for name in "oms")
 
         def sums(*totals):
-            def step(_, x_s, *blocks_s):
-                *blocks_s, carry = blocks_s
+            def step(_, x_s, *blocks_and_carry):
+                *blocks_s, carry = blocks_and_carry
                 block_s = dict(zip(staged, blocks_s, strict=True))
                 _fill(ref["dense"], block_s, kind, piece, integers)
                 plgpu.commit_smem()
@@ -118,7 +118,7 @@ def matmul(x, a, *, kind, planes, piece, transpose, dtype):
     arguments = [x, *(array for array, _ in staged.values()), *direct.values()]
     moved = sum(v.size * v.dtype.itemsize for v in (*arguments, out))
     tile = (bn, br) if integers else (br, bn)
-    values = 1 if not piece else 3 if parts == 3 else 1
+    values = parts if piece else 1
     y = kernel(
         body,
         out,
@@ -153,16 +153,14 @@ def _fill(dense, block_s, kind, piece, integers):
         if not piece:
             put(dense[0], codes.astype(jnp.float32) if kind == "float8" else _number(codes))
             continue
-        scale, shift = (_by_pieces(block_s.get(name), at, piece, codes.shape) for name in ("scale", "shift"))
+        spread = {name: _by_pieces(block_s[name], at, piece, codes.shape) for name in block_s if name != "codes"}
         for plane, parts_s in enumerate(dense):
-            v = (_quantile if kind == "nf4" else _signed)(codes, plane) * scale
-            put([part_s.at[:, at] for part_s in parts_s], v if shift is None else v - shift)
+            v = (_quantile if kind == "nf4" else _signed)(codes, plane) * spread["scale"]
+            put([part_s.at[:, at] for part_s in parts_s], v - spread["shift"] if "shift" in spread else v)
 
 
 def _by_pieces(ref, at, piece, shape):
     """Columns `at` of rows [pieces, N] in SMEM, each as `piece` rows of a matrix."""
-    if ref is None:
-        return None
     spread = [rows(load(ref.at[i, at], ACROSS), shape[0]) for i in range(shape[0] // piece)]
     row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=SQUARE)
     found = spread[0]
@@ -177,7 +175,7 @@ def _number(codes):
 
 
 def _signed(codes, plane):
-    """The low or high four bits in two's complement, float32: as the last bits of a large number, which is taken off."""
+    """The low or high four bits in two's complement, float32: the last bits of a large number, which is taken off."""
     large = 2.0**19 if plane else 2.0**23  # where bit 4 of the mantissa, or bit 0, is worth 1
     bits = np.float32(large).view(np.int32) + (0x80 if plane else 0x8)
     number = (codes.astype(jnp.int32) & (0xF0 if plane else 0xF)) ^ int(bits)
