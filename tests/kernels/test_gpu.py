@@ -1,5 +1,6 @@
 """Kernels for GPUs lower for chips that are not here; their interpreter finds what the suite of the ops relies on."""
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping
@@ -151,7 +152,17 @@ def test_quantized_matmul_is_for_hopper(chip):
         lower_matmul(chip, "nf4", 8, "bfloat16")
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Other(ops.Int8):
+    """A format that no kernel knows."""
+
+
 def test_what_does_not_fit_says_why():
+    known = ops.quantize_int8(jnp.ones((8, 8)))
+    other = Other(codes=known.codes, scale=known.scale)
+    with pytest.raises(Unfit, match="no kernel for Other"):
+        ops.quantized_matmul(jnp.ones((1, 8)), other, implementation="gpu")
     w = ops.quantize_int4(jnp.ones((96, 8)), group=48)
     with pytest.raises(Unfit, match="96 rows in groups of 48"):
         ops.quantized_matmul(jnp.ones((1, 96)), w, implementation="gpu")

@@ -260,8 +260,8 @@ def compiled_table(record: dict[str, Any]) -> Table:
     target, (B, T, D) = record["target"], record["size"]
     caption = (
         f"{target}, bfloat16, {B} × {T} tokens, width {D}: compiled to machine code, not run. MB, Gop: what must be "
-        "moved and done, and the bound that they imply. Of a thread of the kernel: registers, and bytes of them spilled. "
-        "Temporaries: of the whole program."
+        "moved and done, and the bound that they imply. Of a thread of the kernel: registers, and bytes of them "
+        "spilled. Temporaries: of the whole program."
     )
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, caption=caption, caption_justify="left")
     table.add_column("", no_wrap=True)
