@@ -58,9 +58,7 @@ def abstract(config: ModelConfig, recipes: Sequence[Rule]) -> LanguageModel:
     return jax.eval_shape(lambda: compress(LanguageModel(config, nnx.Rngs(0)), recipes)[-1].model)
 
 
-def _apply(
-    model: LanguageModel, recipe: Rule, calibrate: Callable[[LanguageModel], Moments], key: jax.Array
-) -> Step:
+def _apply(model: LanguageModel, recipe: Rule, calibrate: Callable[[LanguageModel], Moments], key: jax.Array) -> Step:
     moments = calibrate(model) if recipe.needs_text else {}
     model = nnx.clone(model)
     everything = matrices.places(model)
