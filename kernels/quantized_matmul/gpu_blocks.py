@@ -63,7 +63,8 @@ def matmul(x, a, *, kind, planes, piece, transpose, dtype):
     sizes = {"codes": (0, br, 1, bn), "row_scale": (0, bm)}
     of_scale = (0, br // piece, 1, bn) if piece else (1, bn)
     a = {name: pad(v, *sizes.get(name, of_scale)) for name, v in a.items()}
-    Q, rows_of_x, _ = x.shape
+    operands, rows_of_x, _ = x.shape
+    x = x.reshape(operands * rows_of_x, -1)  # of two dimensions, as many as a bulk copy takes beside `jax.vmap`'s
     Rp, Np = a["codes"].shape
     outputs = planes if transpose else 1
     results, terms = (Rp, Np // bn) if transpose else (Np, Rp // br)
@@ -81,14 +82,14 @@ def matmul(x, a, *, kind, planes, piece, transpose, dtype):
         block, m, s = (jax.lax.axis_index(name) for name in "oms")
 
         def sums(*totals):
-            def step(_, x_s, *blocks_and_carry):
+            def step(_, *blocks_and_carry):
                 *blocks_s, carry = blocks_and_carry
-                block_s = dict(zip(staged, blocks_s, strict=True))
+                block_s = dict(zip(staged, blocks_s[operands:], strict=True))
                 _fill(ref["dense"], block_s, kind, piece, integers)
                 plgpu.commit_smem()
                 for plane, parts_s in enumerate(ref["dense"]):
                     total = totals[plane if transpose else 0]
-                    x_parts = [x_s.at[p * (Q // parts) + (0 if transpose else plane)] for p in range(parts)]
+                    x_parts = blocks_s[0 if transpose else plane : operands : operands // parts]
                     _add(total, x_parts, parts_s, few, turned=transpose or integers)
                 plgpu.wgmma_wait(0)
                 return carry
@@ -97,9 +98,13 @@ def matmul(x, a, *, kind, planes, piece, transpose, dtype):
                 i += s * steps
                 return (block, i) if transpose else (i, block)
 
-            specs = [plgpu.BlockSpec((Q, bm, DEPTH), lambda i: (0, m, i + s * steps))]
-            specs += [plgpu.BlockSpec(shape, at) for _, shape in staged.values()]
-            pipeline(step, specs, (), steps)(ref["x"], *(ref[name] for name in staged))
+            def of_operand(q):
+                return plgpu.BlockSpec((bm, DEPTH), lambda i: (q * (rows_of_x // bm) + m, i + s * steps))
+
+            specs = [of_operand(q) for q in range(operands)] + [
+                plgpu.BlockSpec(shape, at) for _, shape in staged.values()
+            ]
+            pipeline(step, specs, (), steps)(*[ref["x"]] * operands, *(ref[name] for name in staged))
             return tuple(total[...] for total in totals)
 
         shape = (width, bm) if few else (bm, width)

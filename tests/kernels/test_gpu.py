@@ -146,6 +146,16 @@ def test_quantized_matmul_lowers(name, M, dtype):
     assert not re.search(r"tensor<4096x14336x(f32|bf16)>", program)
 
 
+def test_experts_lower():
+    """Rows by their own of several matrices, few and many, as a mixture's experts have them."""
+    w = jax.eval_shape(jax.vmap(ops.quantize_nf4), jax.ShapeDtypeStruct((4, 256, 512), jnp.float32))
+    for M in (1, 100):
+        x = jax.ShapeDtypeStruct((4, M, 256), jnp.bfloat16)
+        with jax.sharding.use_abstract_mesh(gpu.lowering_mesh("h100")):
+            lowered = jax.jit(jax.vmap(ops.quantized_matmul)).trace(x, w).lower(lowering_platforms=("cuda",))
+        assert lowered.as_text().count("custom_call @mosaic_gpu") == 1
+
+
 @pytest.mark.parametrize("chip", ["a100", "b200"])
 def test_quantized_matmul_is_for_hopper(chip):
     with pytest.raises(Unfit, match="compute capability"):
