@@ -62,7 +62,8 @@ FINETUNE_HELP = """\
 usage: phyla finetune RUN [RECIPE] [OPTIONS]
 
 Trains on from a run: all of its model, or only what a recipe adds to it. The new run keeps RUN's configuration but for
-what is given; `phyla finetune RUN --help` lists the options. Of a model of which most is frozen, only the rest is saved.
+the options that are given; `phyla finetune RUN --help` lists them. What a recipe froze stays in RUN and is not saved
+again.
 
 examples:
   phyla finetune runs/RUN --data.source "letters/*.txt" --optimizer.learning-rate 3e-4 --loop.steps 200
