@@ -413,8 +413,9 @@ class Bench:
     """Architectures, for models; none: all."""
     peers: Path | None = None
     """For models: a Python that has torch, transformers and mambapy, whose models are timed in turn with ours."""
-    target: Literal["v5e", "v5p", "v6e", "tpu7x", "cpu"] | None = None
-    """For kernels: a chip to compile for, or cpu to time them there; None: what is here, or v5e."""
+    target: Literal["v5e", "v5p", "v6e", "tpu7x", "h100", "cpu"] | None = None
+    """For kernels: a chip to compile for, or cpu to time them there; None: what is here, or v5e. h100 needs the extra
+    gpu."""
     op: UseAppendAction[tuple[str, ...]] = ()
     """For kernels: one op (repeatable); none: all."""
     rounds: int = 15
