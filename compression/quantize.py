@@ -19,7 +19,7 @@ from phyla.kernels.quantized_matmul import (
     quantize_int8,
     quantize_nf4,
 )
-from phyla.kernels.quantized_matmul.formats import pack, spread
+from phyla.kernels.quantized_matmul.packing import pack
 from phyla.models.language_model import LanguageModel
 from phyla.models.quantized import Quantized
 
