@@ -18,7 +18,7 @@ from rich.table import Column, Table
 from phyla.compression.calibrate import Moments, moments
 from phyla.compression.compress import Step, abstract, compress
 from phyla.compression.matrices import dotted, weights
-from phyla.compression.recipes import Recipe
+from phyla.compression.rule import Rule
 from phyla.models.config import ModelConfig
 from phyla.models.errors import UserError
 from phyla.models.language_model import LanguageModel
@@ -80,7 +80,7 @@ class Calibration:
 
 def compress_run(
     folder: Path,
-    recipes: Sequence[Recipe],
+    recipes: Sequence[Rule],
     out: Path,
     *,
     calibration: Calibration | None = None,
@@ -105,14 +105,15 @@ def compress_run(
         raise UserError(f"{'+'.join(map(str, recipes))} reads no text: leave --calibration and --tokens out")
     calibration = calibration or Calibration()
     run.check_new(out)
-    done = (*run.read_recipes(folder), *recipes)
-    abstract(run.read_experiment(folder).model, done)  # which refuses before anything is computed
+    before = run.read_recipes(folder)
+    abstract(run.read_experiment(folder).model, (*before, *recipes))  # which refuses before anything is computed
     saved = load(folder)
     original = saved.model()
     steps = compress(original, recipes, functools.partial(_moments, saved, calibration))
     rows = [{"recipe": None} | dataclasses.asdict(size(original))]
     rows += [{"recipe": str(step.recipe)} | dataclasses.asdict(size(step.model)) for step in steps]
     _compare(saved, [original, *(step.model for step in steps)], rows)
+    done = (*before, *(rule for step in steps for rule in step.rules))
     run.create(out, saved.experiment, run.read_record(folder)["tokenizer"], compression=done)
     if saved.own_tokenizer is not None:
         saved.own_tokenizer.save(out / "tokenizer")

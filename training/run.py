@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from phyla.compression.recipes import Recipe, parse
+from phyla.compression.recipes import parse
+from phyla.compression.rule import Rule
 from phyla.models.errors import UserError
 from phyla.models.serialization import from_json, to_json
 from phyla.training.config import Experiment
@@ -62,9 +63,7 @@ def git_sha() -> str | None:
     return found.stdout.strip() if found.returncode == 0 else None
 
 
-def create(
-    folder: Path, experiment: Experiment, fingerprint: dict | None, *, compression: Sequence[Recipe] = ()
-) -> None:
+def create(folder: Path, experiment: Experiment, fingerprint: dict | None, *, compression: Sequence[Rule] = ()) -> None:
     """Writes config.json; if there is one, it must be of the same experiment, on whatever mesh.
 
     Raises UserError, naming the first field that differs, if the folder holds another experiment, or a compressed run.
@@ -118,7 +117,7 @@ def read_experiment(folder: Path) -> Experiment:
     return from_json(Experiment, read_record(folder)["experiment"], "config.json")
 
 
-def read_recipes(folder: Path) -> tuple[Recipe, ...]:
+def read_recipes(folder: Path) -> tuple[Rule, ...]:
     """By which a run's model was compressed; none: as it was trained."""
     done = read_record(folder).get("compression")
     return parse(done) if done else ()

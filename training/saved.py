@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from phyla.compression import compress
-from phyla.compression.recipes import Recipe
+from phyla.compression.rule import Rule
 from phyla.models.errors import UserError
 from phyla.models.language_model import LanguageModel
 from phyla.training import run, sharding
@@ -31,7 +31,7 @@ class Saved:
     params: nnx.State
     mesh: Mesh
     step: int
-    recipes: tuple[Recipe, ...] = ()
+    recipes: tuple[Rule, ...] = ()
     """By which it was compressed."""
 
     @property

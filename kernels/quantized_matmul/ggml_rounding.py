@@ -1,7 +1,7 @@
 """Rounding to GGML's block formats.
 
-The simple ones are those of the `gguf` package to the bit: every operation is rounded to float32 as NumPy does it. The K
-formats search scales as ggml's reference does without an importance matrix (Kawrakow, llama.cpp PR 1684): from a few
+The simple ones are those of the `gguf` package to the bit: every operation is rounded to float32 as NumPy does it. The
+K formats search scales as ggml's reference does without an importance matrix (Kawrakow, llama.cpp PR 1684): from a few
 trial scales the codes, from these by weighted least squares the scale and minimum; what errs least is kept. Sums go in
 another order than in C, so that now and then a scale is the one next to it.
 """
@@ -37,7 +37,7 @@ def quantize_ggml(w: jax.Array, *, kind: str) -> Ggml:
 
 def _quotient(x: jax.Array, n: float) -> jax.Array:
     """x / n; by a constant XLA would multiply with its reciprocal."""
-    return x / jnp.where(x == x, n, jnp.nan)  # noqa: PLR0124
+    return x / jnp.where(x == x, n, jnp.nan)
 
 
 def _inverse(d: jax.Array) -> jax.Array:
@@ -136,7 +136,7 @@ WRITE = {"q8_0": _q8_0, "q5_0": _q5_0, "q4_0": _q4_0, "q4_1": _q4_1, "q6_k": _q6
 
 
 def _in_steps(scale: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
-    """The scales of a block [..., S], not negative, in steps of 1 / most of the largest: the step [..., 1], and codes."""
+    """The scales of a block [..., S], not negative, in steps of 1 / most of the largest: the step [..., 1], codes."""
     largest = scale.max(-1, keepdims=True)
     return _quotient(jnp.abs(largest), most), jnp.minimum(jnp.round(most * _inverse(largest) * scale), most)
 
