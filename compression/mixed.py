@@ -27,8 +27,8 @@ the head (here tables are often both)."""
 class Q4KM(Rule):
     """q6_k for the parameters that llama.cpp's Q4_K_M gives more bits, q4_k for the others.
 
-    There, half of the layers have six bits for values and for the matrices that lead out: the first and the last eighth,
-    and every third between. Here all layers have, so a model is larger than with llama.cpp.
+    There, half of the layers have six bits for values and the matrices that lead out: the first and the last eighth, and
+    every third between. Here all layers have, so a model is larger than with llama.cpp.
     """
 
     @property
