@@ -122,11 +122,19 @@ def choices(place: matrices.Place, moments: Moments) -> list[Choice]:
 
 
 def spend(choices: dict[str, list[Choice]], limit: float) -> dict[str, int]:
-    """The number of the candidate of each parameter: from the first of all, by the best step that still fits.
+    """The number of the candidate of each parameter: from one for all, by the best step that still fits, and so on.
 
-    A step is from one candidate to any later one; the best takes away most error a byte.
+    A step is from one candidate to any later one; the best takes away most error a byte. Of all beginnings that fit, the
+    one that ends with the least error: so that it is never worse than one candidate for all.
     """
-    chosen = dict.fromkeys(choices, 0)
+    ends = []
+    for level in range(min(map(len, choices.values()), default=0)):
+        if sum(of_name[level].nbytes for of_name in choices.values()) <= limit:
+            ends.append(_upgraded(choices, dict.fromkeys(choices, level), limit))
+    return min(ends, key=lambda end: sum(choices[name][level].error for name, level in end.items()), default={})
+
+
+def _upgraded(choices: dict[str, list[Choice]], chosen: dict[str, int], limit: float) -> dict[str, int]:
     while True:
         spent = sum(choices[name][level].nbytes for name, level in chosen.items())
         steps = []
@@ -139,7 +147,7 @@ def spend(choices: dict[str, list[Choice]], limit: float) -> dict[str, int]:
         if not steps:
             return chosen
         _, name, level = max(steps)
-        chosen[name] = level
+        chosen = chosen | {name: level}
 
 
 def _nbytes(place: matrices.Place, recipe: Quantize) -> int:

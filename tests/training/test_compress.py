@@ -195,7 +195,7 @@ def test_masked_tokens():
         (["int8"], "--out must be given"),
         (["--out", "new"], "name at least one method"),
         (["int9", "--out", "new"], "no method 'int9'; nearest: int8"),
-        (["int4-g63", "--out", "new"], "int4-g63: a group is an even number; nearest: int4-g64"),
+        (["int4-g63", "--out", "new"], "int4-g63: a group is a multiple of 2; nearest: int4-g64"),
         (["nf4", "int8", "--out", "new"], "int8 changes nothing in this model: every matrix is quantized already"),
         (["int8@mixer.zz", "--out", "new"], "'mixer.zz' is in no dense parameter's path; nearest: periods"),
         (["int8", "--out", "."], "exists and is not an empty folder"),
