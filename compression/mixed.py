@@ -124,13 +124,12 @@ def choices(place: matrices.Place, moments: Moments) -> list[Choice]:
 def spend(choices: dict[str, list[Choice]], limit: float) -> dict[str, int]:
     """The number of the candidate of each parameter: from one for all, by the best step that still fits, and so on.
 
-    A step is from one candidate to any later one; the best takes away most error a byte. Of all beginnings that fit, the
-    one that ends with the least error: so that it is never worse than one candidate for all.
+    A step is from one candidate to any later one; the best takes away most error a byte. Of all beginnings that fit,
+    the one that ends with the least error: so that it is never worse than one candidate for all.
     """
-    ends = []
-    for level in range(min(map(len, choices.values()), default=0)):
-        if sum(of_name[level].nbytes for of_name in choices.values()) <= limit:
-            ends.append(_upgraded(choices, dict.fromkeys(choices, level), limit))
+    levels = range(min(map(len, choices.values()), default=0))
+    fit = [level for level in levels if sum(of_name[level].nbytes for of_name in choices.values()) <= limit]
+    ends = [_upgraded(choices, dict.fromkeys(choices, level), limit) for level in fit]
     return min(ends, key=lambda end: sum(choices[name][level].error for name, level in end.items()), default={})
 
 

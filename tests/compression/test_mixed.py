@@ -1,5 +1,7 @@
 """Mixed precision: by name, and as measured under a budget."""
 
+import dataclasses
+import functools
 import itertools
 import re
 
@@ -25,9 +27,7 @@ from phyla.models.quantized import Quantized
 def config(family: str) -> ModelConfig:
     """Of 64 channels, which blocks of 32 divide."""
     model = configs.experiment(family).model
-    return type(model)(
-        **{**vars(model), "width": 64, "layers": max(2, len(model.pattern)), "vocab_size": 61, "groups": None}
-    )
+    return dataclasses.replace(model, width=64, layers=max(2, len(model.pattern)), vocab_size=61, groups=None)
 
 
 def model_of(family: str) -> LanguageModel:
@@ -56,7 +56,7 @@ def same_shapes(model: LanguageModel, family: str, names: str) -> None:
     assert jax.tree.leaves(of(nnx.state(model))) == jax.tree.leaves(of(shapes))
 
 
-@pytest.mark.parametrize("family", ["transformer", "rwkv"])
+@pytest.mark.parametrize("family", ["transformer", pytest.param("rwkv", marks=pytest.mark.slow)])
 def test_q4_k_m_chooses_by_name(family):
     """Of 64 inputs the six bits become eight and the four five; what a recipe is for may be narrowed."""
     (step,) = compress(model_of(family), parse("q4_k_m"))
@@ -75,6 +75,10 @@ def test_q4_k_m_chooses_by_name(family):
     assert "is not for it" in narrow.left["embedding.weight"]
 
 
+def total(choices: dict[str, list[Choice]], i: int, levels: dict[str, int]) -> float:
+    return sum(choices[name][level][i] for name, level in levels.items())
+
+
 def test_spending_is_greedy_and_within_the_budget():
     """Each step of it against all others that were possible; never worse than one candidate for all."""
     rng = np.random.default_rng(0)
@@ -86,8 +90,7 @@ def test_spending_is_greedy_and_within_the_budget():
         }
         limit = 4.0 * sizes.sum()
         chosen = spend(given, limit)
-        cost = lambda levels: sum(given[n][k].nbytes for n, k in levels.items())  # noqa: E731
-        error = lambda levels: sum(given[n][k].error for n, k in levels.items())  # noqa: E731
+        cost, error = (functools.partial(total, given, i) for i in (0, 1))
         assert cost(chosen) <= limit
         for name, level in chosen.items():  # nothing better fits
             for k in range(level + 1, 4):
@@ -98,8 +101,8 @@ def test_spending_is_greedy_and_within_the_budget():
             for picks in itertools.product(range(4), repeat=5)
             if cost(levels := dict(zip(given, picks, strict=True))) <= limit
         )
-        assert error(chosen) < error(dict.fromkeys(given, 2)) * 1.05
-        assert error(chosen) < 3 * best
+        assert error(chosen) <= error(dict.fromkeys(given, 2))
+        assert error(chosen) < 2 * best
     assert spend({"a": [Choice(1, 2.0), Choice(2, 3.0)]}, 10) == {"a": 0}  # what is no better is not bought
 
 
@@ -142,5 +145,5 @@ def test_a_budget_is_kept_and_becomes_plain_recipes():
         assert not any("budget" in str(rule) for rule in step.rules)
         same_shapes(step.model, "mamba", "+".join(map(str, step.rules)))
     assert bits["budget-4"] < bits["budget-6"]
-    with pytest.raises(UserError, match="budget-2: no less than .* bits a weight are possible; nearest: budget-3"):
+    with pytest.raises(UserError, match=r"budget-2: no less than .* bits a weight are possible; nearest: budget-3"):
         abstract(config("mamba"), parse("budget-2"))
