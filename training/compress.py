@@ -108,14 +108,15 @@ def compress_run(
         raise UserError(f"{'+'.join(map(str, recipes))} reads no text: leave --calibration and --tokens out")
     calibration = calibration or Calibration()
     run.check_new(out)
-    done = (*run.read_recipes(folder), *recipes)
-    abstract(run.read_experiment(folder).model, done)  # which refuses before anything is computed
+    before = run.read_recipes(folder)
+    abstract(run.read_experiment(folder).model, (*before, *recipes))  # which refuses before anything is computed
     saved = load(folder)
     original = saved.model()
     steps = compress(original, recipes, functools.partial(_moments, saved, calibration))
     rows = [{"recipe": None} | dataclasses.asdict(size(original))]
     rows += [{"recipe": str(step.recipe)} | dataclasses.asdict(size(step.model)) for step in steps]
     _compare(saved, [original, *(step.model for step in steps)], rows)
+    done = (*before, *(rule for step in steps for rule in step.rules))
     experiment = dataclasses.replace(saved.experiment, base=None, recipes="")
     run.create(out, experiment, run.read_record(folder)["tokenizer"], compression=done)
     if saved.own_tokenizer is not None:
