@@ -2,19 +2,22 @@
 
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
 from flax import nnx
 
 from phyla.compression import matrices
-from phyla.compression.calibrate import Moments, no_moments
+from phyla.compression.calibrate import Moments
 from phyla.compression.rule import Rule
 from phyla.models import sizes
 from phyla.models.config import ModelConfig
 from phyla.models.errors import UserError
 from phyla.models.language_model import LanguageModel
+
+Measure = Callable[[LanguageModel, Iterable[tuple[jax.Array, jax.Array]]], Moments]
+"""`Rule.measure`."""
 
 
 class Step(NamedTuple):
@@ -28,10 +31,15 @@ class Step(NamedTuple):
     """Paths of the dense parameters that it left as they were, and why."""
 
 
+def no_text(model: LanguageModel, measure: Measure) -> Moments:
+    """Zeros."""
+    return measure(model, ())
+
+
 def compress(
     model: LanguageModel,
     recipes: Sequence[Rule],
-    calibrate: Callable[[LanguageModel], Moments] = no_moments,
+    calibrate: Callable[[LanguageModel, Measure], Moments] = no_text,
     seed: int = 0,
 ) -> list[Step]:
     """Applies recipes in their order, each to what the one before made; the model that is given stays as it is.
@@ -39,8 +47,8 @@ def compress(
     Args:
         model: the model.
         recipes: what to do.
-        calibrate: the `moments` of a text in a model, for recipes that need it; by default those of no text, after
-            which GPTQ rounds to nearest and SparseGPT prunes by magnitude.
+        calibrate: reads a text with a model and with what a recipe `measure`s, for recipes that need it; by default no
+            text, after which GPTQ rounds to nearest and SparseGPT prunes by magnitude.
         seed: of what recipes draw at random.
 
     Raises UserError if a recipe finds nothing that it could change.
@@ -58,16 +66,27 @@ def abstract(config: ModelConfig, recipes: Sequence[Rule]) -> LanguageModel:
     return jax.eval_shape(lambda: compress(LanguageModel(config, nnx.Rngs(0)), recipes)[-1].model)
 
 
+def shaping(recipes: Sequence[Rule]) -> tuple[Rule, ...]:
+    """Those that say in what form a compressed run's parameters are, given the configuration of its model.
+
+    They are all after the last that made a model of another configuration, which is an ordinary one.
+    """
+    last = max((i for i, recipe in enumerate(recipes) if recipe.reshapes), default=-1)
+    return tuple(recipes[last + 1 :])
+
+
 def _apply(
-    model: LanguageModel, recipe: Rule, calibrate: Callable[[LanguageModel], Moments], key: jax.Array
+    model: LanguageModel, recipe: Rule, calibrate: Callable[[LanguageModel, Measure], Moments], key: jax.Array
 ) -> Step:
-    moments = calibrate(model) if recipe.needs_text else {}
+    moments = calibrate(model, recipe.measure) if recipe.needs_text else {}
     model = nnx.clone(model)
     everything = matrices.places(model)
-    left = {place.name: place.left for place in everything if not place.kind}
-    free = [place for place in everything if place.kind]
+    free = [place for place in everything if place.kind or recipe.reshapes]
     chosen = [place for place in free if re.search(recipe.only, place.name)]
-    left |= {place.name: f"{recipe} is not for it" for place in free if place not in chosen}
+    left = {}
+    if not recipe.reshapes:
+        left = {place.name: place.left for place in everything if not place.kind}
+        left |= {place.name: f"{recipe} is not for it" for place in free if place not in chosen}
     model, of_chosen = recipe.apply(model, chosen, moments, key)
     left |= of_chosen
     changed = tuple(place.name for place in everything if place.name not in left)

@@ -5,13 +5,13 @@ A kind of recipe is a subclass of `Rule` in a file of its own, beside what it do
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import jax
 
-from phyla.compression import matrices
+from phyla.compression import calibrate, matrices
 from phyla.compression.calibrate import Moments
 from phyla.models.errors import UserError
 from phyla.models.language_model import LanguageModel
@@ -45,13 +45,17 @@ class Rule:
         """Whether it depends on what the matrices multiply, so that a text must be read."""
         return False
 
+    def measure(self, model: LanguageModel, batches: Iterable[tuple[jax.Array, jax.Array]]) -> Moments:
+        """What it wants to know of a text, if it `needs_text`; zeros of no text. See `calibrate.moments`."""
+        return calibrate.moments(model, batches)
+
     def apply(self, model: LanguageModel, chosen: list[matrices.Place], moments: Moments, key: jax.Array) -> "Applied":
         """Does it.
 
         Args:
             model: may be changed in place.
-            chosen: its parameters that `only` chooses, of those that any method may touch.
-            moments: of a text in this model, if it `needs_text`.
+            chosen: its parameters that `only` chooses, of those that any method may touch; of all if it `reshapes`.
+            moments: what it `measure`s of a text in this model, if it `needs_text`.
             key: for what it draws at random.
         """
         raise NotImplementedError
@@ -65,7 +69,7 @@ class Applied(NamedTuple):
 
     model: LanguageModel
     left: dict[str, str]
-    """Paths of the chosen parameters that it left as they were, and why."""
+    """Paths of the chosen parameters that it left as they were, and why; of all if it reshapes."""
 
 
 class Method(NamedTuple):

@@ -81,7 +81,7 @@ def load(folder: Path) -> Saved:
         check_match(fingerprint, tokenizer.fingerprint())
     mesh = sharding.make_mesh(MeshConfig(data=1), batch=1)
     recipes = run.read_recipes(folder)
-    graphdef, abstract = nnx.split(compress.abstract(experiment.model, recipes))
+    graphdef, abstract = nnx.split(compress.abstract(experiment.model, compress.shaping(recipes)))
     abstract = with_shardings(abstract, sharding.shardings(abstract, mesh))
     with Checkpoints(folder) as checkpoints:
         step = whole_step(checkpoints, folder)
