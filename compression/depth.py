@@ -6,7 +6,7 @@ the number allows it, else the same blocks of the pattern in every repeat. The p
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -58,7 +58,7 @@ class PruneLayers(Shrink):
         if repeats:
             sets = changes.shape[1]
             kept = jnp.sort(jnp.argsort(-jnp.sum(changes, axis=0))[: sets - repeats])
-            values = {path: value[kept] if path[0] == "periods" else value for path, value in values.items()}
+            values = _of_periods(values, lambda value: value[kept])
             uses = config.repeats // sets
             groups = None if config.groups is None else sets - repeats
             layers = config.layers - repeats * uses * len(config.pattern)
@@ -108,12 +108,9 @@ class TieLayers(Rule):
             nearest = min(fits, key=lambda n: abs(n - self.uses), default=None)
             said = f"nearest: tie-layers-{nearest}" if nearest else "it has nothing to share"
             raise UserError(f"{self} does not divide the pattern's {sets} repeats with parameters of their own; {said}")
-        values = {}
-        for place in matrices.places(model):
-            value = place.value[...]
-            if place.path[0] == "periods":
-                value = jnp.mean(value.reshape(-1, self.uses, *value.shape[1:]), axis=1)
-            values[place.path] = value
+        values = {place.path: place.value[...] for place in matrices.places(model)}
+        mean = lambda value: jnp.mean(value.reshape(-1, self.uses, *value.shape[1:]), axis=1)  # noqa: E731
+        values = _of_periods(values, mean)
         config = dataclasses.replace(config, groups=sets // self.uses)
         return Applied(rebuilt(config, values), _outside(model))
 
@@ -207,6 +204,14 @@ def _blocks(config: ModelConfig, change: jax.Array, keep: int) -> list[int]:
     first = [i for i, gives in enumerate(gives) if gives and needed][:1]  # it gives the others their value
     order = range(len(mixers)) if isinstance(change, Tracer) else jnp.argsort(-change).tolist()
     return sorted((first + [i for i in order if i not in first])[:keep])
+
+
+def _of_periods(
+    values: dict[tuple[Any, ...], jax.Array], change: Callable[[jax.Array], jax.Array]
+) -> dict[tuple[Any, ...], jax.Array]:
+    """The parameters, with those that repeat changed."""
+    stacked = {path: value for path, value in values.items() if path[0] == "periods"}
+    return values | jax.jit(lambda stacked: jax.tree.map(change, stacked))(stacked)
 
 
 def _vocabulary(config: ModelConfig) -> int:

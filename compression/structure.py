@@ -70,11 +70,16 @@ class PruneUnits(Shrink):
         check_dense(self, model)
         sites, reasons = _sites(self, model.config, [place.path for place in chosen])
         values = {place.path: place.value[...] for place in matrices.places(model)}
-        kept = _kept(sites, values, moments)
-        cut = {}
-        for site in sites:
-            for units in site.units:
-                cut |= without(site.path, units, kept[site.path, units], values, moments)
+
+        @jax.jit
+        def smaller(values: dict[Path, jax.Array], moments: Moments) -> dict[Path, jax.Array]:
+            kept, found = _kept(sites, values, moments), {}
+            for site in sites:
+                for units in site.units:
+                    found |= without(site.path, units, kept[site.path, units], values, moments)
+            return found
+
+        cut = smaller(values, moments)
         config = _with_layers(model.config, {site.path: site.smaller for site in sites})
         left = {
             matrices.dotted(path): next((why for at, why in reasons.items() if path[: len(at)] == at), "")
