@@ -81,12 +81,10 @@ class PruneUnits(Shrink):
 
         cut = smaller(values, moments)
         config = _with_layers(model.config, {site.path: site.smaller for site in sites})
-        left = {
-            matrices.dotted(path): next((why for at, why in reasons.items() if path[: len(at)] == at), "")
-            or (f"not of {self.what}" if path in {place.path for place in chosen} else f"{self} is not for it")
-            for path in values.keys() - cut.keys()
-        }
-        return Applied(rebuilt(config, values | cut), left)
+        left = dict.fromkeys(values.keys() - cut.keys(), f"{self} is not for it")
+        left |= {place.path: f"it has no {self.what}" for place in chosen if place.path in left}
+        left |= {path: why for at, why in reasons.items() for path in left if path[: len(at)] == at}
+        return Applied(rebuilt(config, values | cut), {matrices.dotted(path): why for path, why in left.items()})
 
 
 def _named(what: str) -> Callable[[re.Match, str], Rule]:

@@ -66,7 +66,7 @@ def _nonzero(weight: nnx.Param | Weight) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """The text that GPTQ, Wanda and SparseGPT read."""
+    """The text that is read by recipes that need one."""
 
     source: str | None = None
     """As `data.source`; None: the run's own training text."""

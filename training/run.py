@@ -63,9 +63,7 @@ def git_sha() -> str | None:
     return found.stdout.strip() if found.returncode == 0 else None
 
 
-def create(
-    folder: Path, experiment: Experiment, fingerprint: dict | None, *, compression: Sequence[Rule] = ()
-) -> None:
+def create(folder: Path, experiment: Experiment, fingerprint: dict | None, *, compression: Sequence[Rule] = ()) -> None:
     """Writes config.json; if there is one, it must be of the same experiment, on whatever mesh.
 
     Raises UserError, naming the first field that differs, if the folder holds another experiment, or a compressed run.
