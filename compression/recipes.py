@@ -7,11 +7,11 @@ directory needs no more than the names.
 
 import re
 
-from phyla.compression import adapters, prune, quantize
+from phyla.compression import adapters, depth, mixed, prune, quantize, structure
 from phyla.compression.rule import Rule
 from phyla.models.errors import choose
 
-METHODS = quantize.METHODS | prune.METHODS | adapters.METHODS
+METHODS = quantize.METHODS | mixed.METHODS | prune.METHODS | structure.METHODS | depth.METHODS | adapters.METHODS
 """By an example of their names."""
 
 EXPLAINED = """
