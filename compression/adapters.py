@@ -21,6 +21,7 @@ from phyla.compression.calibrate import Moments
 from phyla.compression.rule import Applied, Method, Rule
 from phyla.models import sizes
 from phyla.models.adapted import IA3, Adapter, Bottleneck, DoRA, LoRA, PiSSA
+from phyla.models.beginnings import EncodedPrompt, LearnedState, Prompt
 from phyla.models.errors import UserError
 from phyla.models.language_model import LanguageModel
 from phyla.models.quantized import Quantized
@@ -272,6 +273,54 @@ class BitFit(Rule):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Begin(Rule):
+    """Only what the model remembers before the first token is trained (`phyla.models.beginnings`)."""
+
+    keeps_base: ClassVar[bool] = True
+    kind: Literal["state", "prefix", "prompt", "ptuning"]
+    tokens: int = 0
+    """How many virtual tokens."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.only:
+            raise UserError(f"{self.method} is for the whole model: leave @{self.only} out")
+        if self.kind != "state" and self.tokens < 1:
+            raise UserError(f"{self.method}: there must be a virtual token; nearest: {self.kind}-1")
+
+    @property
+    def method(self) -> str:
+        """See `Rule.method`."""
+        return self.kind if self.kind == "state" else f"{self.kind}-{self.tokens}"
+
+    def apply(self, model: LanguageModel, chosen: list[matrices.Place], moments: Moments, key: jax.Array) -> Applied:
+        """See `Rule.apply`. Raises UserError for a model that remembers nothing, or not without virtual tokens."""
+        config = model.config
+        if config.bidirectional:
+            raise UserError(f"{self}: a model that sees both sides keeps no state; adapt its matrices")
+        if model.beginning is not None:
+            raise UserError(f"{self}: this model has a learned beginning already")
+        if config.learned_positions and self.tokens >= config.learned_positions:
+            raise UserError(f"{self} leaves no position of model.learned_positions {config.learned_positions}")
+        assert config.vocab_size is not None
+        freeze(model)
+        for_words, own = jax.random.split(key)
+        words = jax.random.randint(for_words, (self.tokens,), 0, config.vocab_size)
+        match self.kind:
+            case "prompt":
+                model.beginning = Prompt(model, words, PART)
+            case "ptuning":
+                model.beginning = EncodedPrompt(model, words, PART, nnx.Rngs(params=own))
+            case _:
+                model.beginning = LearnedState(model, words, PART)
+        learned = nnx.to_flat_state(nnx.state(model.beginning, nnx.Param))
+        if not learned:
+            raise UserError(f"{self}: no layer of this model has a state of its own; nearest: prefix-16")
+        left = {place.name: "frozen" for place in chosen}
+        return Applied(model, left, tuple(matrices.dotted(("beginning", *path)) for path, _ in learned))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Merge(Rule):
     """Every adapter becomes one dense matrix with what it wraps, and nothing is frozen any more."""
 
@@ -346,6 +395,11 @@ def _insert(kind: Literal["houlsby", "pfeiffer"], summary: str) -> dict[str, Met
     return {f"{kind}-64": Method(rf"{kind}-(\d+)", make, summary)}
 
 
+def _begin(kind: Literal["prefix", "prompt", "ptuning"], summary: str) -> dict[str, Method]:
+    make = lambda found, only: Begin(kind=kind, tokens=int(found[1]), only=only)  # noqa: E731
+    return {f"{kind}-16": Method(rf"{kind}-(\d+)", make, summary)}
+
+
 METHODS = {
     **_low_rank("lora", "trains W + α/r A B beside a frozen W, of rank r; α is 8, or 16 in lora-r8-a16 (phyla finetune)"),
     **_low_rank("rslora", "the same with α/√r"),
@@ -354,6 +408,10 @@ METHODS = {
     "ia3": Method("ia3", lambda _, only: Rescale(only=only), "trains scales of keys, values and hidden layers"),
     **_insert("houlsby", "trains bottlenecks of 64 behind mixers and channel mixers"),
     **_insert("pfeiffer", "the same behind channel mixers alone"),
+    "state": Method("state", lambda _, only: Begin(kind="state", only=only), "trains the state before the first token"),
+    **_begin("prefix", "the same after 16 virtual tokens, and so many keys and values in each layer of attention"),
+    **_begin("prompt", "trains the embeddings of 16 virtual tokens before the text"),
+    **_begin("ptuning", "the same through a small network"),
     "bitfit": Method("bitfit", lambda _, only: BitFit(only=only), "trains biases alone"),
     "merge": Method("merge", lambda _, only: Merge(only=only), "makes one dense matrix of each adapter and its base"),
 }
