@@ -401,7 +401,9 @@ def _begin(kind: Literal["prefix", "prompt", "ptuning"], summary: str) -> dict[s
 
 
 METHODS = {
-    **_low_rank("lora", "trains W + α/r A B beside a frozen W, of rank r; α is 8, or 16 in lora-r8-a16 (phyla finetune)"),
+    **_low_rank(
+        "lora", "trains W + α/r A B beside a frozen W, of rank r; α is 8, or 16 in lora-r8-a16 (phyla finetune)"
+    ),
     **_low_rank("rslora", "the same with α/√r"),
     **_low_rank("dora", "the same with a learned magnitude of each column"),
     **_low_rank("pissa", "LoRA that begins with the largest singular directions of W"),

@@ -10,7 +10,9 @@ from typing import Any, Literal, NamedTuple
 
 from flax import nnx
 
+from phyla.models.config import ModelConfig
 from phyla.models.language_model import LanguageModel
+from phyla.models.registry import LAYERS
 from phyla.models.weights import Weight
 
 
@@ -57,6 +59,21 @@ def replace(model: LanguageModel, path: tuple[Any, ...], value: nnx.Param | nnx.
 def dotted(path: tuple[Any, ...]) -> str:
     """A path as text; what a weight wraps (its `body`) has the weight's name."""
     return ".".join(str(part) for part in path if part != "body")
+
+
+def kind_of_layer(config: ModelConfig, path: tuple[Any, ...]) -> str:
+    """The kind of layer that a parameter belongs to."""
+    kinds = {kind: name for name, kind in LAYERS.items()}
+    match path:
+        case ("periods", "blocks", int(i), "mixer" | "channel" as part, *_):
+            return kinds[type(getattr(config.pattern[i], part))]
+        case ("prefix", int(i), "mixer" | "channel" as part, *_):
+            return kinds[type(getattr(config.prefix[i], part))]
+        case (*_, "mixer_norm" | "channel_norm" | "norm" | "embedding_norm", _):
+            return "norms"
+        case (first, *_):
+            return str(first)
+    raise AssertionError(path)
 
 
 def _place(path: tuple[Any, ...], variable: nnx.Param) -> Place:

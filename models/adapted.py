@@ -149,7 +149,7 @@ class DoRA(LoRA):
 
 
 class IA3(Adapter):
-    """W with every input or every output times its own learned scale (Liu et al. 2022, arXiv 2205.05638, section 3.3)."""
+    """Every input or output of W times its own learned scale (Liu et al. 2022, arXiv 2205.05638, section 3.3)."""
 
     def __init__(self, body: nnx.Param | Weight, factor: nnx.Param, *, inputs: bool):
         """`factor` is [..., in] if it is of the inputs, else [..., out]."""

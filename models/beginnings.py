@@ -29,9 +29,7 @@ class Beginning(nnx.Module):
     def one(self, model: LanguageModel) -> ModelState:
         """Of a batch of one sequence, full."""
 
-    def state(
-        self, model: LanguageModel, batch: int, length: int, segment_ids: jax.Array | None = None
-    ) -> ModelState:
+    def state(self, model: LanguageModel, batch: int, length: int, segment_ids: jax.Array | None = None) -> ModelState:
         """For `batch` sequences, with room for `length` tokens; it is of each one's first segment."""
         shapes = [jax.tree.leaves(jax.eval_shape(lambda n=n: model.empty_state(n, self.tokens))) for n in (1, 2)]
         leaves, structure = jax.tree.flatten(self.one(model))

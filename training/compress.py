@@ -18,11 +18,11 @@ from rich.table import Column, Table
 from phyla.compression.calibrate import Moments
 from phyla.compression.compress import Measure, Step, abstract, compress, shaping
 from phyla.compression.matrices import dotted, weights
+from phyla.compression.matrices import kind_of_layer as _layer
 from phyla.compression.rule import Rule
 from phyla.models.config import ModelConfig
 from phyla.models.errors import UserError
 from phyla.models.language_model import LanguageModel
-from phyla.models.registry import LAYERS
 from phyla.models.weights import Weight, materialize
 from phyla.training import run
 from phyla.training.checkpoints import Checkpoints
@@ -134,6 +134,7 @@ def compress_run(
         "coverage": _coverage(made.config, steps),
         "parameters": _parameters(steps),
         "left": _left(steps),
+        "notes": [f"{step.recipe}: {step.note}" for step in steps if step.note],
     }
     run.write_json(json or out / COMPRESSION, record)
     _print(out, record)
@@ -221,21 +222,6 @@ def _coverage(config: ModelConfig, steps: list[Step]) -> dict[str, dict[str, flo
     return found
 
 
-def _layer(config: ModelConfig, path: tuple[Any, ...]) -> str:
-    """The kind of layer that a parameter belongs to."""
-    kinds = {kind: name for name, kind in LAYERS.items()}
-    match path:
-        case ("periods", "blocks", int(i), "mixer" | "channel" as part, *_):
-            return kinds[type(getattr(config.pattern[i], part))]
-        case ("prefix", int(i), "mixer" | "channel" as part, *_):
-            return kinds[type(getattr(config.prefix[i], part))]
-        case (*_, "mixer_norm" | "channel_norm" | "norm" | "embedding_norm", _):
-            return "norms"
-        case (first, *_):
-            return str(first)
-    raise AssertionError(path)
-
-
 def _bits(weight: nnx.Param | Weight) -> float:
     return weight.bits_per_weight if isinstance(weight, Weight) else 8.0 * weight.dtype.itemsize
 
@@ -278,6 +264,8 @@ def _print(out: Path, record: dict[str, Any]) -> None:
         reasons.setdefault(why, {})[short] = None
     for why, names in reasons.items():
         console.print(f"left alone: {', '.join(names)} ({why})", markup=False, soft_wrap=True)
+    for note in record["notes"]:
+        console.print(note, markup=False, soft_wrap=True)
     before, after = rows[0], rows[-1]
     said = f"{before['bytes_in_memory'] / after['bytes_in_memory']:.2f} times smaller in memory"
     if "bits_per_byte" in after:

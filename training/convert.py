@@ -8,8 +8,10 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from phyla.compression.adapters import is_linear
 from phyla.compression.matrices import dotted, weights
 from phyla.models import formats
+from phyla.models.errors import UserError
 from phyla.models.formats import folder as folders
 from phyla.models.formats.source import Source, load, to_state
 from phyla.models.weights import materialize
@@ -71,7 +73,10 @@ def export_model(folder: Path, out: Path, *, format: str | None) -> None:
         "bos_token_id": None if tokenizer is None else tokenizer.bos_id,
         "eos_token_id": None if tokenizer is None else tokenizer.eos_id,
     }
-    parameters = {dotted(path): np.asarray(jax.jit(materialize)(each)) for path, each in weights(found.model()).items()}
+    model = found.model()
+    if model.beginning is not None or not all(map(is_linear, weights(model).values())):
+        raise UserError(f"{folder} has adapters that are no matrices (a prompt, a state, bottlenecks): export its base")
+    parameters = {dotted(path): np.asarray(jax.jit(materialize)(each)) for path, each in weights(model).items()}
     folders.write_folder(out, layout, experiment.model, parameters, flags=flags)
     said = f"; dense, as {'+'.join(map(str, found.recipes))} left it" if found.recipes else ""
     if isinstance(tokenizer, HuggingFaceTokenizer):
