@@ -16,6 +16,9 @@ from phyla.models.config import ModelConfig
 from phyla.models.errors import UserError
 from phyla.models.language_model import LanguageModel
 
+Calibrate = Callable[[LanguageModel, bool], Moments]
+"""Of a model; without second moments if not asked for."""
+
 
 class Step(NamedTuple):
     """What one recipe did to a model."""
@@ -31,7 +34,7 @@ class Step(NamedTuple):
 def compress(
     model: LanguageModel,
     recipes: Sequence[Rule],
-    calibrate: Callable[[LanguageModel], Moments] = no_moments,
+    calibrate: Calibrate = no_moments,
     seed: int = 0,
 ) -> list[Step]:
     """Applies recipes in their order, each to what the one before made; the model that is given stays as it is.
@@ -40,7 +43,7 @@ def compress(
         model: the model.
         recipes: what to do.
         calibrate: the `moments` of a text in a model, for recipes that need it; by default those of no text, after
-            which GPTQ rounds to nearest and SparseGPT prunes by magnitude.
+            which GPTQ rounds to nearest, SparseGPT prunes by magnitude and static scales of activations are 1.
         seed: of what recipes draw at random.
 
     Raises UserError if a recipe finds nothing that it could change.
@@ -58,10 +61,8 @@ def abstract(config: ModelConfig, recipes: Sequence[Rule]) -> LanguageModel:
     return jax.eval_shape(lambda: compress(LanguageModel(config, nnx.Rngs(0)), recipes)[-1].model)
 
 
-def _apply(
-    model: LanguageModel, recipe: Rule, calibrate: Callable[[LanguageModel], Moments], key: jax.Array
-) -> Step:
-    moments = calibrate(model) if recipe.needs_text else {}
+def _apply(model: LanguageModel, recipe: Rule, calibrate: Calibrate, key: jax.Array) -> Step:
+    moments = calibrate(model, recipe.needs_moments) if recipe.needs_text else Moments()
     model = nnx.clone(model)
     everything = matrices.places(model)
     left = {place.name: place.left for place in everything if not place.kind}

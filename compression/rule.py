@@ -45,6 +45,11 @@ class Rule:
         """Whether it depends on what the matrices multiply, so that a text must be read."""
         return False
 
+    @property
+    def needs_moments(self) -> bool:
+        """Whether it depends on second moments, not on each input's own figures alone (`calibrate.Columns`)."""
+        return self.needs_text
+
     def apply(self, model: LanguageModel, chosen: list[matrices.Place], moments: Moments, key: jax.Array) -> "Applied":
         """Does it.
 

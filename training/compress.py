@@ -66,7 +66,7 @@ def _nonzero(weight: nnx.Param | Weight) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """The text that GPTQ, Wanda and SparseGPT read."""
+    """The text of the methods that read one."""
 
     source: str | None = None
     """As `data.source`; None: the run's own training text."""
@@ -135,7 +135,7 @@ def compress_run(
     return record
 
 
-def _moments(saved: Saved, calibration: Calibration, model: LanguageModel) -> Moments:
+def _moments(saved: Saved, calibration: Calibration, model: LanguageModel, squares: bool) -> Moments:
     """Of the rows of the text that have no padding."""
     data = saved.experiment.data
     if calibration.source is not None:
@@ -156,7 +156,7 @@ def _moments(saved: Saved, calibration: Calibration, model: LanguageModel) -> Mo
                 yield asked.tokens, asked.segment_ids
                 task.update(i + 1)
 
-        return jax.block_until_ready(moments(model, batches()))
+        return jax.block_until_ready(moments(model, batches(), squares))
 
 
 def _compare(saved: Saved, models: list[LanguageModel], rows: list[dict[str, Any]]) -> None:
