@@ -10,6 +10,7 @@ that each matrix has its own and matrices after gates, recurrences, token shifts
 """
 
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,8 +28,8 @@ from phyla.models.quantized import Quantized
 from phyla.models.wrapped import Scaled
 
 POWERS, SHARES = 20, 10
-UNCUT = ("q", "k")
-"""Names of the maps to queries and keys."""
+UNCUT = r"\b[qk]\.weight$"
+"""The maps to queries and keys."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +53,8 @@ class Awq(Rule):
         able, left = rounded_alone(model, chosen, self.rounding)
         for place in able:
             columns = moments.columns[place.path]
-            given = place.value[...], moments[place.path], columns.size / jnp.maximum(columns.count, 1)
-            cut = place.name.split(".")[-2] not in UNCUT
+            given = place.value[...], moments[place.path], columns.size / jnp.maximum(columns.tokens, 1)
+            cut = not re.search(UNCUT, place.name)
             s, held = awq(*given, self.rounding.format, self.rounding.group, cut)
             matrices.replace(model, place.path, Scaled(Quantized(held, place.axes), 1 / s, place.axes[:-1]))
         return Applied(model, left)

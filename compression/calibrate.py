@@ -36,8 +36,8 @@ class Columns(NamedTuple):
     """Σ x⁴."""
     outliers: jax.Array
     """How often |x| was at least `OUTLIER`."""
-    count: jax.Array
-    """Tokens."""
+    tokens: jax.Array
+    """How many."""
     largest: jax.Array
     """The maximum of |x|; see above."""
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from phyla.compression import matrices
 from phyla.compression.calibrate import Moments, each
@@ -33,6 +34,7 @@ class Rotate(Rule):
             else:
                 signs = jax.random.rademacher(own_key, (*stack, K), jnp.int8)
                 body = place.value.replace(_turned(place.value[...], signs))
+                assert isinstance(body, nnx.Param)
                 matrices.replace(model, place.path, Rotated(body, signs, place.axes[:-1]))
         return Applied(model, left)
 
