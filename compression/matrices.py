@@ -26,8 +26,8 @@ class Place(NamedTuple):
 
     @property
     def name(self) -> str:
-        """With dots: that of the outermost weight, which it stays when it is wrapped."""
-        return dotted(tuple(part for part in self.path if part != "body"))
+        """With dots; it stays the same when the parameter is wrapped."""
+        return dotted(self.path)
 
 
 def places(model: LanguageModel) -> list[Place]:
@@ -52,8 +52,8 @@ def replace(model: LanguageModel, path: tuple[Any, ...], value: nnx.Param | Weig
 
 
 def dotted(path: tuple[Any, ...]) -> str:
-    """A path as text."""
-    return ".".join(map(str, path))
+    """A path as text; what a weight wraps (its `body`) has the weight's name."""
+    return ".".join(str(part) for part in path if part != "body")
 
 
 def _place(path: tuple[Any, ...], variable: nnx.Param) -> Place:
