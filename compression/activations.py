@@ -109,6 +109,11 @@ class SmoothQuant(Rule):
     Xiao et al. 2022 (arXiv 2211.10438, equation 4). They put 1 / s into the norm before, so that it costs nothing; here
     it multiplies the inputs (`Scaled`): then each matrix has its own, and a matrix after a gate, a recurrence, a token
     shift or a router, of which there is no norm to change, has one too.
+
+    There an input may be seldom active, and the largest of a text be far from its largest: made as large as the others,
+    it would reach over one scale for all. So with such a scale (`per` tensor) an input counts at least as the mean of
+    the matrix's inputs, and only large ones are changed much (on MiniLM: cosine .93 without, which is worse than
+    w8a8-tensor).
     """
 
     alpha: float
@@ -139,6 +144,8 @@ class SmoothQuant(Rule):
         able, left = rounded_alone(model, chosen, Quantize(format="int8"))
         for place in able:
             w, largest = place.value[...], moments.columns[place.path].largest
+            if self.per == "tensor":
+                largest = jnp.maximum(largest, jnp.mean(largest, axis=-1, keepdims=True))
             s = smoothing(w, largest, self.alpha)
             body = _of_8_bits(w * s[..., None], place.axes, largest / s if self.per == "tensor" else None)
             matrices.replace(model, place.path, Scaled(body, 1 / s, place.axes[:-1]))
