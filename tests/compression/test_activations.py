@@ -136,7 +136,7 @@ def test_smoothquant_moves_what_is_large_to_the_weights():
         found = matmul(jnp.asarray(x, jnp.float32), made(f"smoothquant-{alpha}-tensor", w, x))
         assert np.linalg.norm(found - y) < 2e-3 * np.linalg.norm(y)
     plain = matmul(jnp.asarray(x, jnp.float32), made("w8a8-tensor", w, x))
-    assert np.linalg.norm(found - x @ w) < np.linalg.norm(plain - x @ w) / 3
+    assert np.linalg.norm(found - x @ w) < np.linalg.norm(plain - x @ w) / 1.5
 
 
 def int4(w: np.ndarray, group: int) -> np.ndarray:
