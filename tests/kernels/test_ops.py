@@ -5,7 +5,7 @@ float64 has its outputs and, by complex steps, its gradients -> every implementa
 
 Kernels for other chips are interpreted here, which also finds races, reads of uninitialised memory (they are NaN) and
 reads out of bounds, and is slow: fewer of their cases are in the quick set. Races on TPUs are looked for in the tests
-of numbers, of every case in float32 and bfloat16: the others call the same kernels, up to three times faster without.
+of numbers, float32 and bfloat16: the others call the same kernels, up to three times faster without.
 """
 
 import contextlib
@@ -183,7 +183,7 @@ def cast(tree, dtype):
 def _each_case(pairs):
     for (name, implementation), title in itertools.product(pairs, CASES):
         slow = title not in QUICK.get(implementation, CASES)
-        marks = pytest.mark.slow if slow else ()
+        marks = [*([pytest.mark.slow] if slow else []), *([without_races] if CASES[title].wide else [])]
         yield pytest.param(name, implementation, CASES[title], id=f"{name}-{implementation}-{title}", marks=marks)
 
 
