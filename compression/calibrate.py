@@ -99,11 +99,6 @@ def moments(model: LanguageModel, batches: Iterable[tuple[jax.Array, jax.Array]]
     return {path[:-1]: value[...] for path, value in nnx.to_flat_state(total)}
 
 
-def no_moments(model: LanguageModel) -> Moments:
-    """Of no tokens: zeros, as large as `moments`."""
-    return {path: jnp.zeros((*w.shape[:-1], w.shape[-2])) for path, w in _recordable(model).items()}
-
-
 def _recordable(model: LanguageModel) -> dict[tuple[Any, ...], jax.Array]:
     return {place.path: place.value[...] for place in matrices.places(model) if place.kind == "matrix"}
 

@@ -2,82 +2,114 @@
 
 import difflib
 import re
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 
 from phyla.compression import matrices
-from phyla.compression.calibrate import Moments, no_moments
-from phyla.compression.prune import prune_groups, prune_smallest
-from phyla.compression.quantize import quantize
-from phyla.compression.recipes import PruneGroups, PruneSmallest, Quantize, Recipe
+from phyla.compression.calibrate import Moments
+from phyla.compression.rule import Rule
 from phyla.models import sizes
 from phyla.models.config import ModelConfig
 from phyla.models.errors import UserError
 from phyla.models.language_model import LanguageModel
+
+Measure = Callable[[LanguageModel, Iterable[tuple[jax.Array, jax.Array]]], Moments]
+"""`Rule.measure`."""
 
 
 class Step(NamedTuple):
     """What one recipe did to a model."""
 
     model: LanguageModel
-    recipe: Recipe
+    recipe: Rule
+    rules: tuple[Rule, ...]
+    """What it was for this model: see `Rule.resolve`."""
     changed: tuple[str, ...]
     """Paths of parameters."""
     left: dict[str, str]
     """Paths of the dense parameters that it left as they were, and why."""
 
 
+def no_text(model: LanguageModel, measure: Measure) -> Moments:
+    """Zeros."""
+    return measure(model, ())
+
+
 def compress(
-    model: LanguageModel, recipes: Sequence[Recipe], calibrate: Callable[[LanguageModel], Moments] = no_moments
+    model: LanguageModel,
+    recipes: Sequence[Rule],
+    calibrate: Callable[[LanguageModel, Measure], Moments] = no_text,
+    seed: int = 0,
 ) -> list[Step]:
     """Applies recipes in their order, each to what the one before made; the model that is given stays as it is.
 
     Args:
         model: the model.
         recipes: what to do.
-        calibrate: the `moments` of a text in a model, for recipes that need it; by default those of no text, after
-            which GPTQ rounds to nearest and SparseGPT prunes by magnitude.
+        calibrate: reads a text with a model and with what a recipe `measure`s, for recipes that need it; by default no
+            text, after which GPTQ rounds to nearest and SparseGPT prunes by magnitude.
+        seed: of what recipes draw at random.
 
     Raises UserError if a recipe finds nothing that it could change.
     """
     steps = []
-    for recipe in recipes:
-        steps.append(_apply(steps[-1].model if steps else model, recipe, calibrate))
+    for recipe, key in zip(recipes, jax.random.split(jax.random.key(seed), len(recipes)), strict=True):
+        before = steps[-1].model if steps else model
+        moments = calibrate(before, recipe.measure) if recipe.needs_text else {}
+        steps.append(_apply(before, recipe, recipe.resolve(before, moments), moments, key))
     return steps
 
 
-def abstract(config: ModelConfig, recipes: Sequence[Recipe]) -> LanguageModel:
-    """The compressed model with shapes in place of arrays; nothing is computed. Raises UserError as `compress`."""
+def abstract(config: ModelConfig, recipes: Sequence[Rule]) -> LanguageModel:
+    """The compressed model with shapes in place of arrays; nothing is computed. Raises UserError as `compress`.
+
+    What recipes make whose names alone do not say the shapes of it is as small as it could be.
+    """
     if not recipes:
         return sizes.abstract(config)
-    return jax.eval_shape(lambda: compress(LanguageModel(config, nnx.Rngs(0)), recipes)[-1].model)
+
+    def made() -> LanguageModel:
+        model = LanguageModel(config, nnx.Rngs(0))
+        for recipe in recipes:
+            moments = no_text(model, recipe.measure) if recipe.needs_text else {}
+            model = _apply(model, recipe, (recipe,), moments, jax.random.key(0)).model
+        return model
+
+    return jax.eval_shape(made)
 
 
-def _apply(model: LanguageModel, recipe: Recipe, calibrate: Callable[[LanguageModel], Moments]) -> Step:
-    moments = calibrate(model) if recipe.needs_text else {}
+def shaping(recipes: Sequence[Rule]) -> tuple[Rule, ...]:
+    """Those that say in what form a compressed run's parameters are, given the configuration of its model.
+
+    They are all after the last that made a model of another configuration, which is an ordinary one.
+    """
+    last = max((i for i, recipe in enumerate(recipes) if recipe.reshapes), default=-1)
+    return tuple(recipes[last + 1 :])
+
+
+def _apply(model: LanguageModel, recipe: Rule, rules: Sequence[Rule], moments: Any, key: jax.Array) -> Step:
     model = nnx.clone(model)
     everything = matrices.places(model)
-    left = {place.name: place.left for place in everything if not place.kind}
-    free = [place for place in everything if place.kind]
-    chosen = [place for place in free if re.search(recipe.only, place.name)]
-    left |= {place.name: f"{recipe} is not for it" for place in free if place not in chosen}
-    match recipe:
-        case Quantize():
-            left |= quantize(model, chosen, recipe, moments)
-        case PruneSmallest():
-            left |= prune_smallest(chosen, recipe, moments)
-        case PruneGroups():
-            left |= prune_groups(chosen, recipe, moments)
+    left = {place.name: place.left for place in everything if not place.kind and not recipe.reshapes}
+    others = [place for place in everything if place.kind and not any(rule.chooses(place) for rule in rules)]
+    left |= {place.name: f"{recipe} is not for it" for place in others}
+    done = []
+    for rule in rules:  # each for what those before it left
+        chosen = [place for place in matrices.places(model) if rule.chooses(place)]
+        model, of_chosen = rule.apply(model, chosen, moments, key)
+        left = {name: why for name, why in left.items() if name not in {place.name for place in chosen}} | of_chosen
+        if of_chosen.keys() < {place.name for place in chosen}:
+            done.append(rule)
     changed = tuple(place.name for place in everything if place.name not in left)
     if not changed:
         raise UserError(f"{recipe} changes nothing in this model: {_reason(recipe, everything, left)}")
-    return Step(model, recipe, changed, left)
+    return Step(model, recipe, tuple(done), changed, left)
 
 
-def _reason(recipe: Recipe, everything: list[matrices.Place], left: dict[str, str]) -> str:
+def _reason(recipe: Rule, everything: list[matrices.Place], left: dict[str, str]) -> str:
     if not any(place.kind for place in everything):
         return "every matrix is quantized already (prune before you quantize)"
     found = [place.name for place in everything if re.search(recipe.only, place.name)]

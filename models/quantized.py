@@ -32,6 +32,8 @@ class Quantized(Weight):
         stack = len(axes) - 2
         for name, (_, leaf) in zip(self.names, leaves, strict=True):
             own = {0: (), 1: axes[-1:], 2: axes[-2:]}[leaf.ndim - stack]
+            if name == "blocks":  # of a GGUF file, where the outputs are the rows
+                own = own[::-1]
             if name == "scale_scales":  # by position, not by column
                 own = ("scales",)
             setattr(self, name, Fixed(leaf, axes=axes[:stack] + own))

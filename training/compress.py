@@ -15,10 +15,10 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Column, Table
 
-from phyla.compression.calibrate import Moments, moments
-from phyla.compression.compress import Step, abstract, compress
+from phyla.compression.calibrate import Moments
+from phyla.compression.compress import Measure, Step, abstract, compress, shaping
 from phyla.compression.matrices import dotted, weights
-from phyla.compression.recipes import Recipe
+from phyla.compression.rule import Rule
 from phyla.models.config import ModelConfig
 from phyla.models.errors import UserError
 from phyla.models.language_model import LanguageModel
@@ -30,6 +30,9 @@ from phyla.training.data.pipeline import prepare
 from phyla.training.divergence import divergences
 from phyla.training.progress import Reporter
 from phyla.training.saved import Saved, load, make_asker
+from phyla.training.step import split
+
+COMPRESSION = "compression.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +69,7 @@ def _nonzero(weight: nnx.Param | Weight) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """The text that GPTQ, Wanda and SparseGPT read."""
+    """The text that is read by recipes that need one."""
 
     source: str | None = None
     """As `data.source`; None: the run's own training text."""
@@ -80,7 +83,7 @@ class Calibration:
 
 def compress_run(
     folder: Path,
-    recipes: Sequence[Recipe],
+    recipes: Sequence[Rule],
     out: Path,
     *,
     calibration: Calibration | None = None,
@@ -105,37 +108,39 @@ def compress_run(
         raise UserError(f"{'+'.join(map(str, recipes))} reads no text: leave --calibration and --tokens out")
     calibration = calibration or Calibration()
     run.check_new(out)
-    done = (*run.read_recipes(folder), *recipes)
-    abstract(run.read_experiment(folder).model, done)  # which refuses before anything is computed
+    before = run.read_recipes(folder)
+    abstract(run.read_experiment(folder).model, (*shaping(before), *recipes))  # refuses before anything is computed
     saved = load(folder)
     original = saved.model()
     steps = compress(original, recipes, functools.partial(_moments, saved, calibration))
     rows = [{"recipe": None} | dataclasses.asdict(size(original))]
     rows += [{"recipe": str(step.recipe)} | dataclasses.asdict(size(step.model)) for step in steps]
     _compare(saved, [original, *(step.model for step in steps)], rows)
-    run.create(out, saved.experiment, run.read_record(folder)["tokenizer"], compression=done)
+    made = steps[-1].model
+    done = (*before, *(rule for step in steps for rule in step.rules))
+    experiment = dataclasses.replace(saved.experiment, model=made.config, base=None, recipes="")
+    run.create(out, experiment, run.read_record(folder)["tokenizer"], compression=done)
     if saved.own_tokenizer is not None:
         saved.own_tokenizer.save(out / "tokenizer")
     with Checkpoints(out) as checkpoints:
-        checkpoints.save_params(nnx.state(steps[-1].model), saved.step)
-    averaged = saved.experiment.loop.ema > 0 and not saved.recipes
-    rows[0]["bytes_on_disk"] = _on_disk(folder, saved.step, "ema" if averaged else "params")
-    rows[-1]["bytes_on_disk"] = _on_disk(out, saved.step, "params")
+        checkpoints.save_params(*split(made)[1:], step=saved.step)
+    rows[0]["bytes_on_disk"] = _on_disk(folder, saved.step)
+    rows[-1]["bytes_on_disk"] = _on_disk(out, saved.step)
     record = {
         "run": str(folder),
         "step": saved.step,
         "calibration": dataclasses.asdict(calibration) if any(each.needs_text for each in recipes) else None,
         "steps": rows,
-        "coverage": _coverage(saved.experiment.model, steps),
+        "coverage": _coverage(made.config, steps),
         "parameters": _parameters(steps),
         "left": _left(steps),
     }
-    run.write_json(json or out / "compression.json", record)
+    run.write_json(json or out / COMPRESSION, record)
     _print(out, record)
     return record
 
 
-def _moments(saved: Saved, calibration: Calibration, model: LanguageModel) -> Moments:
+def _moments(saved: Saved, calibration: Calibration, model: LanguageModel, measure: Measure) -> Moments:
     """Of the rows of the text that have no padding."""
     data = saved.experiment.data
     if calibration.source is not None:
@@ -156,7 +161,7 @@ def _moments(saved: Saved, calibration: Calibration, model: LanguageModel) -> Mo
                 yield asked.tokens, asked.segment_ids
                 task.update(i + 1)
 
-        return jax.block_until_ready(moments(model, batches()))
+        return jax.block_until_ready(measure(model, batches()))
 
 
 def _compare(saved: Saved, models: list[LanguageModel], rows: list[dict[str, Any]]) -> None:
@@ -176,25 +181,28 @@ def _compare(saved: Saved, models: list[LanguageModel], rows: list[dict[str, Any
         row |= each._asdict()
 
 
-def _on_disk(folder: Path, step: int, item: str) -> int:
-    """Of a checkpoint's parameters alone, without the optimizer's state."""
-    return sum(path.stat().st_size for path in (folder / "checkpoints" / str(step) / item).rglob("*") if path.is_file())
+def _on_disk(folder: Path, step: int) -> int:
+    """Of a checkpoint's model alone, without the optimizer's state."""
+    items = folder / "checkpoints" / str(step)
+    parts = [items / ("ema" if (items / "ema").exists() else "params"), items / "frozen"]
+    return sum(path.stat().st_size for part in parts for path in part.rglob("*") if path.is_file())
 
 
 def _parameters(steps: list[Step]) -> dict[str, Any]:
-    """What was done to each parameter that was changed, and the bits that it takes."""
+    """What was done to each parameter that was changed and is still there, and the bits that it takes."""
     recipes: dict[str, list[str]] = {}
     for step in steps:
         for name in step.changed:
             recipes.setdefault(name, []).append(str(step.recipe))
     bits = {dotted(path): _bits(weight) for path, weight in weights(steps[-1].model).items()}
-    return {name: {"recipes": done, "bits_per_weight": bits[name]} for name, done in recipes.items()}
+    return {name: {"recipes": done, "bits_per_weight": bits[name]} for name, done in recipes.items() if name in bits}
 
 
 def _left(steps: list[Step]) -> dict[str, str]:
     """The parameters that no step changed, and why the last one did not."""
     changed = {name for step in steps for name in step.changed}
-    return {name: why for step in steps for name, why in step.left.items() if name not in changed}
+    there = {dotted(path) for path in weights(steps[-1].model)} - changed
+    return {name: why for step in steps for name, why in step.left.items() if name in there}
 
 
 def _coverage(config: ModelConfig, steps: list[Step]) -> dict[str, dict[str, float]]:
