@@ -1,0 +1,19 @@
+"""Models that learn to answer."""
+
+from phyla.models.config import BlockConfig, ModelConfig
+from phyla.models.mixers.attention import AttentionConfig
+from phyla.models.mlp import GatedMLPConfig
+from phyla.training.config import Experiment, LoopConfig, OptimizerConfig
+from phyla.training.data.config import DataConfig
+
+
+def arithmetic() -> Experiment:
+    """A small Transformer that answers arithmetic word problems at once, step by step, and by a program."""
+    block = BlockConfig(mixer=AttentionConfig(heads=4, head_dim=32, qk_norm=True), channel=GatedMLPConfig())
+    return Experiment(
+        name="arithmetic",
+        model=ModelConfig(width=128, layers=4, pattern=(block,)),
+        data=DataConfig(source="arithmetic:20000", template="plain", validation="arithmetic:300", sequence_length=256),
+        optimizer=OptimizerConfig(learning_rate=3e-3),
+        loop=LoopConfig(steps=1500, batch_size=16, eval_every=500, checkpoint_every=500, log_every=50),
+    )
