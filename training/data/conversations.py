@@ -203,16 +203,23 @@ class ChatFormat:
 
     def _encode(self, parts: Iterable[tuple[str | Mark, float]]) -> Encoded:
         """Texts that follow each other and count alike are one text to the tokenizer."""
-        tokens, weights = [np.zeros(0, np.int32)], [np.zeros(0, np.float32)]
-        for (is_mark, weight), group in itertools.groupby(parts, key=lambda part: (isinstance(part[0], Mark), part[1])):
-            some = [part for part, _ in group]
-            if is_mark:
-                ids = np.asarray([self._id(mark) for mark in some if isinstance(mark, Mark)], np.int32)
+        tokens, weights, text, text_weight = [], [], "", 0.0
+
+        def add(ids: np.ndarray | list[int], weight: float) -> None:
+            tokens.extend(ids)
+            weights.extend(itertools.repeat(weight, len(ids)))
+
+        for part, weight in parts:
+            if text and (isinstance(part, Mark) or weight != text_weight):
+                add(self._tokenizer.encode(text), text_weight)
+                text = ""
+            if isinstance(part, Mark):
+                add([self._id(part)], weight)
             else:
-                ids = self._tokenizer.encode("".join(map(str, some)))
-            tokens.append(ids)
-            weights.append(np.full(len(ids), weight, np.float32))
-        return Encoded(np.concatenate(tokens), np.concatenate(weights))
+                text, text_weight = text + part, weight
+        if text:
+            add(self._tokenizer.encode(text), text_weight)
+        return Encoded(np.asarray(tokens, np.int32), np.asarray(weights, np.float32))
 
     def _id(self, mark: Mark) -> int:
         own = {"bos": self._tokenizer.bos_id, "eos": self._tokenizer.eos_id}
