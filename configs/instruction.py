@@ -9,11 +9,17 @@ from phyla.training.data.config import DataConfig
 
 def arithmetic() -> Experiment:
     """A small Transformer that answers arithmetic word problems at once, step by step, and by a program."""
-    block = BlockConfig(mixer=AttentionConfig(heads=4, head_dim=24, qk_norm=True), channel=GatedMLPConfig())
+    block = BlockConfig(mixer=AttentionConfig(heads=4, head_dim=32, qk_norm=True), channel=GatedMLPConfig())
     return Experiment(
         name="arithmetic",
-        model=ModelConfig(width=96, layers=3, pattern=(block,)),
-        data=DataConfig(source="arithmetic:6000", template="plain", validation="arithmetic:200", sequence_length=512),
+        model=ModelConfig(width=128, layers=3, pattern=(block,)),
+        data=DataConfig(
+            source="arithmetic:10000",
+            validation="arithmetic:200",
+            template="plain",
+            tokenizer="bpe:640",
+            sequence_length=128,
+        ),
         optimizer=OptimizerConfig(learning_rate=3e-3),
-        loop=LoopConfig(steps=1500, batch_size=8, eval_every=500, checkpoint_every=500, log_every=50),
+        loop=LoopConfig(steps=800, batch_size=16, eval_every=200, checkpoint_every=200),
     )

@@ -10,7 +10,7 @@ from phyla.models.errors import Diverged, UserError, choose
 COMMANDS = {
     "train": "train one experiment",
     "compare": "train several at one budget and report which is better",
-    "evaluate": "validation loss of a trained run, on its own data or any other",
+    "evaluate": "validation loss of a trained run, on its own data or any other, or how it solves problems",
     "generate": "continue prompts with a trained run",
     "compress": "make a smaller run of a run: quantized, pruned",
     "import": "make a run of another library's model",

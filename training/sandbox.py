@@ -190,7 +190,7 @@ def refuse(event, arguments):
         raise ModuleNotFoundError(f"no module {arguments[0]} here")
     if event.startswith(
         ("open", "os.", "socket.", "subprocess.", "shutil.", "ctypes.", "mmap.", "signal.", "fcntl.", "pty.", "code.")
-        + ("resource.", "_thread.", "_posixsubprocess.", "gc.", "marshal.", "sys.add", "sys.set")
+        + ("resource.", "_thread.", "_posixsubprocess.", "gc.", "marshal.", "sys.set")
     ) or (event == "object.__setattr__" and arguments[1] == "__code__"):
         raise PermissionError(f"{event} is not allowed")
 

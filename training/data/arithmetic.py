@@ -52,10 +52,10 @@ class Problem:
 
     @property
     def thought(self) -> str:
-        """The chain of thought: "37 + 58 = 95. The answer is 95."."""
+        """The chain of thought: "So 37 + 58 = 95. The answer is 95."."""
         results = [self.start, *self._results()]
         sums = [f"{results[i]} {op} {n} = {results[i + 1]}." for i, (op, n) in enumerate(self.steps)]
-        return " ".join([*sums, f"The answer is {self.answer}."])
+        return " ".join(["So", *sums, f"The answer is {self.answer}."])
 
     @property
     def program(self) -> str:
@@ -119,5 +119,5 @@ def _draw(rng: random.Random, level: int) -> Problem:
             value += n
         steps.append((op, n))
         told.append(rng.choice(_TOLD[op]).format(name=name, n=n))
-    question = " ".join([*told, f"How many {thing} does {name} have?"])
+    question = " ".join([*told, f"How many {thing} now?"])
     return Problem(level=level, question=question, start=start, steps=tuple(steps))

@@ -82,9 +82,7 @@ def read_record(record: Mapping[str, Any], place: str) -> Conversation:
     for role, content in turns:
         if role not in _ROLES:
             raise UserError(f"{place}: no role {role!r} (all: {', '.join(_ROLES)})")
-    return tuple(
-        Turn(_ROLES[role], valid_text(content, f"{place}: what the {role} says")) for role, content in turns
-    )
+    return tuple(Turn(_ROLES[role], valid_text(content, f"{place}: what the {role} says")) for role, content in turns)
 
 
 def valid_text(value: object, what: str) -> str:
