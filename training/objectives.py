@@ -40,7 +40,7 @@ class Questions(NamedTuple):
 Asker = Callable[[Batch, jax.Array], Questions]
 """(batch, rng) -> Questions. A batch has `tokens` and `segment_ids`, integers [B, T + 1]; segment 0 is padding.
 
-It may have `weights`, float32 [B, T + 1]: how much each token counts as a target, as only responses do in conversations.
+It may have `weights`, float32 [B, T + 1]: how much each token counts as a target; in conversations responses do.
 """
 
 

@@ -1,9 +1,9 @@
 """Protocols of asking: a number at once, a chain of thought, or a program that is run (PAL).
 
 Few-shot chains of thought are Wei et al. 2022 (arXiv:2201.11903), programs are Gao et al. 2022 (arXiv:2211.10435). The
-problems are phyla's own (`data.arithmetic`), held out from all training on "arithmetic:N"; examples are drawn from those
-for training. A run that learned conversations is asked in its template, with the examples as earlier turns; any other is
-asked in plain text, "Question: … Answer: …".
+problems are phyla's own (`data.arithmetic`), held out from all training on "arithmetic:N"; examples are drawn from
+those for training. A run that learned conversations is asked in its template, with the examples as earlier turns; any
+other is asked in plain text, "Question: … Answer: …".
 """
 
 import math

@@ -62,9 +62,8 @@ def test_the_source_is_each_problem_under_each_protocol():
     train, held = list(read(config, "train")), list(read(config, "validation"))
     assert train == conversations(40, "train")
     assert held == conversations(4, "validation")
-    assert list(
-        read(DataConfig(source="arithmetic:40", validation="arithmetic:4", template="plain"), "validation")
-    ) == (held)
+    named = DataConfig(source="arithmetic:40", validation="arithmetic:4", template="plain")
+    assert list(read(named, "validation")) == held
     problem = next(problems(1, "train"))
     assert [each[1].content for each in train[:3]] == [str(problem.answer), problem.thought, problem.program]
     assert [each[0].content for each in train[:3]] == [f"{problem.question}\n{each}" for each in INSTRUCTIONS.values()]
@@ -73,7 +72,7 @@ def test_the_source_is_each_problem_under_each_protocol():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"source": "arithmetic:0", "template": "plain"}, "at least one problem, as in arithmetic:10000, not"),
+        ({"source": "arithmetic:0", "template": "plain"}, "with N at least 1, as in arithmetic:10000, not"),
         ({"source": "arithmetic:many", "template": "plain"}, "data.source must be arithmetic:N"),
         ({"source": "arithmetic:9"}, "data.source 'arithmetic:9' is conversations: name a template"),
         ({"template": "plain"}, "data.source 'austen' has no conversations"),

@@ -5,6 +5,7 @@ import functools
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
@@ -60,7 +61,7 @@ def spelled(tokenizer, encoded: Encoded) -> list[tuple[str, int]]:
 
 
 def marked(text: str) -> list[tuple[str, int]]:
-    """ "ab[cd]" is the characters a and b, which do not count, and c and d, which do; {x} is a token x."""
+    """Read "ab[cd]": the characters a and b, which do not count, and c and d, which do; {x} is a token x."""
     found, counts, token = [], 0, None
     for character in text:
         if character in "[]":
@@ -352,11 +353,11 @@ def test_training_resumes_exactly_and_evaluation_is_of_responses(chat_experiment
     assert score.tokens == sum(len(each[1].content.encode()) + 1 for each in held)
     # of each response by itself, without packing
     chat, model, total = ChatFormat("plain", BYTES), b.model(), 0.0
-    tokens, weights = (np.zeros((len(held), 64), kind) for kind in (np.int32, np.float32))
+    tokens, weights = np.zeros((len(held), 64), np.int32), np.zeros((len(held), 64), np.float32)
     for row, each in enumerate(held):
         encoded = chat.encode(each)
         tokens[row, : len(encoded.tokens)], weights[row, : len(encoded.tokens)] = encoded
-    log_p = jax.nn.log_softmax(model.logits(model(tokens[:, :-1])[0]))
+    log_p = jax.nn.log_softmax(model.logits(model(jnp.asarray(tokens[:, :-1]))[0]))
     total = -float((np.take_along_axis(np.asarray(log_p), tokens[:, 1:, None], -1)[..., 0] * weights[:, 1:]).sum())
     np.testing.assert_allclose(score.nats_per_token, total / score.tokens, rtol=1e-4)
 

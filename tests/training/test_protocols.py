@@ -9,7 +9,7 @@ import pytest
 
 from phyla.models.errors import UserError
 from phyla.training import protocols
-from phyla.training.data.arithmetic import problems
+from phyla.training.data.arithmetic import INSTRUCTIONS, problems
 from phyla.training.data.conversations import ChatFormat
 from phyla.training.data.tokenizers import ByteTokenizer, encode_prompt
 from phyla.training.generate import generate
@@ -73,10 +73,9 @@ def test_examples_come_before_the_problem():
     assert text.endswith("Think step by step.\nAnswer:\n")
     assert problem.thought not in text
     tokens = make_prompt(problem, [first], "pal", BYTES, ChatFormat("plain", BYTES))
-    expected = (
-        [256, *f"User:\n{first.question}\nWrite a Python program.\n\nAssistant:\n{first.program}".encode(), 256]
-        + [*f"User:\n{problem.question}\nWrite a Python program.\n\nAssistant:\n".encode()]
-    )  # fmt: skip
+    ask = "User:\n{}\nWrite a Python program.\n\nAssistant:\n"
+    shown = (ask.format(first.question) + first.program).encode()
+    expected = [256, *shown, 256, *ask.format(problem.question).encode()]
     assert tokens.tolist() == expected
 
 
@@ -91,7 +90,7 @@ def test_perfect_and_wrong_answers_are_told_apart(trained, tmp_path, monkeypatch
     """The model is replaced by one that answers what it should, except one; everything else is real."""
     asked = list(problems(9, "validation", seed=1))
 
-    for protocol in ("direct", "cot", "pal"):
+    for protocol in INSTRUCTIONS:
         wrong = {"direct": "12345", "cot": "The answer is 12345.", "pal": "while True print"}[protocol]
 
         def respond(saved, prompts, protocol=protocol, wrong=wrong, **options):
@@ -128,5 +127,5 @@ def test_a_model_is_asked_for_real(trained, tmp_path):
     assert (shortest["response"], shortest["ended"]) == until(BYTES, alone, 256, (STOP,))  # padding changes nothing
     short = dataclasses.replace(saved.experiment.model, learned_positions=64)
     saved = dataclasses.replace(saved, experiment=dataclasses.replace(saved.experiment, model=short))
-    with pytest.raises(UserError, match="together must not exceed model.learned_positions 64"):
+    with pytest.raises(UserError, match=r"together must not exceed model\.learned_positions 64"):
         respond(saved, [prompt], end_id=256, max_tokens=3)

@@ -1,7 +1,7 @@
 """Arithmetic word problems, made here: each with its question, a chain of thought, a program and the answer.
 
-A problem is a start and 1 to 3 steps (its level), told as a story of someone who has things. Whether it is for training or
-held out follows from its numbers and operations alone, so that no wording of a held-out sum is ever trained on.
+A problem is a start and 1 to 3 steps (its level), told as a story of someone who has things. Whether it is for training
+or held out follows from its numbers and operations alone, so that no wording of a held-out sum is ever trained on.
 """
 
 import random

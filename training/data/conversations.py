@@ -79,9 +79,9 @@ def read_record(record: Mapping[str, Any], place: str) -> Conversation:
         turns = _LAYOUTS[keys](record)
     except (KeyError, TypeError) as error:
         raise UserError(f"{place}: {keys[0]!r} is not a list of turns with their role and content") from error
-    for role, content in turns:
-        if role not in _ROLES:
-            raise UserError(f"{place}: no role {role!r} (all: {', '.join(_ROLES)})")
+    unknown = [role for role, _ in turns if role not in _ROLES]
+    if unknown:
+        raise UserError(f"{place}: no role {unknown[0]!r} (all: {', '.join(_ROLES)})")
     return tuple(Turn(_ROLES[role], valid_text(content, f"{place}: what the {role} says")) for role, content in turns)
 
 

@@ -144,7 +144,7 @@ def _prepare_conversations(config: DataConfig, tokenizer: Tokenizer, split: Spli
     )
 
 
-def _stack(rows: Iterable[Batch]) -> Batch:
+def _stack(rows: Iterable[Batch]) -> dict[str, Any]:
     rows = list(rows)
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
@@ -231,7 +231,7 @@ class RowPacker(Iterator[Batch]):
         self.rest: Document = {"tokens": np.zeros(0, np.int32)} if rest is None else rest
 
     def __next__(self) -> Batch:
-        """Return {"tokens": int32 [T+1], "segment_ids": int32 [T+1]}, and the documents' other arrays, padded with 0."""
+        """Return {"tokens": int32 [T+1], "segment_ids": int32 [T+1]} and the documents' other arrays; padding is 0."""
         pieces: list[Document] = []
         room = self._row_length
         while room:
