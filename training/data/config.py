@@ -93,9 +93,7 @@ def _check_source(field: str, source: str) -> None:
         )
     count = source.removeprefix(_PROBLEMS)
     if count != source and not (count.isdecimal() and int(count) >= 1):
-        raise UserError(
-            f"{field} must be arithmetic:N with at least one problem, as in arithmetic:10000, not {source!r}"
-        )
+        raise UserError(f"{field} must be arithmetic:N with N at least 1, as in arithmetic:10000, not {source!r}")
 
 
 def _check_tokenizer(spec: str) -> None:
