@@ -10,9 +10,7 @@ from flax import nnx
 
 from phyla.compression import matrices
 from phyla.compression.calibrate import Moments, no_moments
-from phyla.compression.prune import prune_groups, prune_smallest
-from phyla.compression.quantize import quantize
-from phyla.compression.recipes import PruneGroups, PruneSmallest, Quantize, Recipe
+from phyla.compression.rule import Rule
 from phyla.models import sizes
 from phyla.models.config import ModelConfig
 from phyla.models.errors import UserError
@@ -23,7 +21,7 @@ class Step(NamedTuple):
     """What one recipe did to a model."""
 
     model: LanguageModel
-    recipe: Recipe
+    recipe: Rule
     changed: tuple[str, ...]
     """Paths of parameters."""
     left: dict[str, str]
@@ -31,7 +29,10 @@ class Step(NamedTuple):
 
 
 def compress(
-    model: LanguageModel, recipes: Sequence[Recipe], calibrate: Callable[[LanguageModel], Moments] = no_moments
+    model: LanguageModel,
+    recipes: Sequence[Rule],
+    calibrate: Callable[[LanguageModel], Moments] = no_moments,
+    seed: int = 0,
 ) -> list[Step]:
     """Applies recipes in their order, each to what the one before made; the model that is given stays as it is.
 
@@ -40,23 +41,24 @@ def compress(
         recipes: what to do.
         calibrate: the `moments` of a text in a model, for recipes that need it; by default those of no text, after
             which GPTQ rounds to nearest and SparseGPT prunes by magnitude.
+        seed: of what recipes draw at random.
 
     Raises UserError if a recipe finds nothing that it could change.
     """
     steps = []
-    for recipe in recipes:
-        steps.append(_apply(steps[-1].model if steps else model, recipe, calibrate))
+    for recipe, key in zip(recipes, jax.random.split(jax.random.key(seed), len(recipes)), strict=True):
+        steps.append(_apply(steps[-1].model if steps else model, recipe, calibrate, key))
     return steps
 
 
-def abstract(config: ModelConfig, recipes: Sequence[Recipe]) -> LanguageModel:
+def abstract(config: ModelConfig, recipes: Sequence[Rule]) -> LanguageModel:
     """The compressed model with shapes in place of arrays; nothing is computed. Raises UserError as `compress`."""
     if not recipes:
         return sizes.abstract(config)
     return jax.eval_shape(lambda: compress(LanguageModel(config, nnx.Rngs(0)), recipes)[-1].model)
 
 
-def _apply(model: LanguageModel, recipe: Recipe, calibrate: Callable[[LanguageModel], Moments]) -> Step:
+def _apply(model: LanguageModel, recipe: Rule, calibrate: Callable[[LanguageModel], Moments], key: jax.Array) -> Step:
     moments = calibrate(model) if recipe.needs_text else {}
     model = nnx.clone(model)
     everything = matrices.places(model)
@@ -64,20 +66,15 @@ def _apply(model: LanguageModel, recipe: Recipe, calibrate: Callable[[LanguageMo
     free = [place for place in everything if place.kind]
     chosen = [place for place in free if re.search(recipe.only, place.name)]
     left |= {place.name: f"{recipe} is not for it" for place in free if place not in chosen}
-    match recipe:
-        case Quantize():
-            left |= quantize(model, chosen, recipe, moments)
-        case PruneSmallest():
-            left |= prune_smallest(chosen, recipe, moments)
-        case PruneGroups():
-            left |= prune_groups(chosen, recipe, moments)
+    model, of_chosen = recipe.apply(model, chosen, moments, key)
+    left |= of_chosen
     changed = tuple(place.name for place in everything if place.name not in left)
     if not changed:
         raise UserError(f"{recipe} changes nothing in this model: {_reason(recipe, everything, left)}")
     return Step(model, recipe, changed, left)
 
 
-def _reason(recipe: Recipe, everything: list[matrices.Place], left: dict[str, str]) -> str:
+def _reason(recipe: Rule, everything: list[matrices.Place], left: dict[str, str]) -> str:
     if not any(place.kind for place in everything):
         return "every matrix is quantized already (prune before you quantize)"
     found = [place.name for place in everything if re.search(recipe.only, place.name)]

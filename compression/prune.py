@@ -2,6 +2,8 @@
 
 import functools
 import math
+from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +12,110 @@ import numpy as np
 from phyla.compression import matrices
 from phyla.compression.calibrate import Moments, each
 from phyla.compression.feedback import sparsegpt, sparsegpt_groups
-from phyla.compression.recipes import PruneGroups, PruneSmallest
+from phyla.compression.rule import Applied, Method, Rule
+from phyla.models.errors import UserError
+from phyla.models.language_model import LanguageModel
 
 LEFT = "heads and tables of the vocabulary are not pruned"
+
+
+Measure = Literal["magnitude", "wanda", "sparsegpt"]
+"""By what weights are chosen to go: |w|; |w| · ‖x‖ among those of an output (Sun et al. 2023, arXiv 2306.11695); or
+what their loss costs after the others have made it good (`feedback`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prune(Rule):
+    """Sets weights to zero."""
+
+    by: Measure = "magnitude"
+
+    @property
+    def needs_text(self) -> bool:
+        """See `Rule.needs_text`."""
+        return self.by != "magnitude"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneSmallest(Prune):
+    """Sets a share of the weights to zero: the least of each matrix, or of all matrices together."""
+
+    percent: float
+    together: bool = False
+    """Of all matrices together: then some lose more than others."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.percent < 100:
+            raise UserError(f"{self.method}: more than 0 and less than 100 % can go; nearest: {self.by}-50%")
+        if self.together and self.by != "magnitude":
+            raise UserError(f"{self.method}: only magnitudes compare between matrices; nearest: {self.by}-50%")
+
+    @property
+    def method(self) -> str:
+        """See `Rule.method`."""
+        return f"{self.by}-{self.percent:g}%" + "-global" * self.together
+
+    def apply(self, model: LanguageModel, chosen: list[matrices.Place], moments: Moments, key: jax.Array) -> Applied:
+        """See `Rule.apply`."""
+        return Applied(model, prune_smallest(chosen, self, moments))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneGroups(Prune):
+    """Keeps the `keep` largest of every `group` consecutive inputs of each output (N:M, as in 2:4)."""
+
+    keep: int
+    group: int
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 1 <= self.keep < self.group:
+            group = max(2, self.group)
+            nearest = f"{self.by}-{min(max(1, self.keep), group - 1)}:{group}"
+            raise UserError(f"{self.method}: at least 1 stays, and fewer than there are; nearest: {nearest}")
+
+    @property
+    def method(self) -> str:
+        """See `Rule.method`."""
+        return f"{self.by}-{self.keep}:{self.group}"
+
+    def apply(self, model: LanguageModel, chosen: list[matrices.Place], moments: Moments, key: jax.Array) -> Applied:
+        """See `Rule.apply`."""
+        return Applied(model, prune_groups(chosen, self, moments))
+
+
+SHARE = r"-(\d+(?:\.\d+)?)%"
+
+
+def _share(by: Measure, summary: str) -> Method:
+    make = lambda found, only: PruneSmallest(by=by, percent=float(found[1]), only=only)  # noqa: E731
+    return Method(by + SHARE, make, summary)
+
+
+def _groups(by: Measure, summary: str) -> Method:
+    make = lambda found, only: PruneGroups(by=by, keep=int(found[1]), group=int(found[2]), only=only)  # noqa: E731
+    return Method(by + r"-(\d+):(\d+)", make, summary)
+
+
+METHODS = {
+    "magnitude-50%": _share("magnitude", "the smallest 50 % (or any other share) of each matrix become zero"),
+    "magnitude-50%-global": Method(
+        "magnitude" + SHARE + "-global",
+        lambda found, only: PruneSmallest(percent=float(found[1]), together=True, only=only),
+        "the smallest 50 % (or any other share) of all matrices together become zero",
+    ),
+    "magnitude-2:4": _groups("magnitude", "of every 4 inputs of an output the 2 largest stay (or any N of M)"),
+    "wanda-50%": _share(
+        "wanda", "as magnitude, times the size of the input, and of each output by itself (reads text)"
+    ),
+    "wanda-2:4": _groups(
+        "wanda", "of every 4 inputs of an output the 2 largest, times the size of the input (reads text)"
+    ),
+    "sparsegpt-50%": _share("sparsegpt", "what costs least after the other inputs made it good (reads text)"),
+    "sparsegpt-2:4": _groups("sparsegpt", "2 of every 4 inputs of an output stay, in the same way (reads text)"),
+}
+"""See `phyla.compression.recipes`."""
 
 
 def prune_smallest(chosen: list[matrices.Place], recipe: PruneSmallest, moments: Moments) -> dict[str, str]:

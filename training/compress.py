@@ -18,7 +18,7 @@ from rich.table import Column, Table
 from phyla.compression.calibrate import Moments, moments
 from phyla.compression.compress import Step, abstract, compress
 from phyla.compression.matrices import dotted, weights
-from phyla.compression.recipes import Recipe
+from phyla.compression.rule import Rule
 from phyla.models.config import ModelConfig
 from phyla.models.errors import UserError
 from phyla.models.language_model import LanguageModel
@@ -30,6 +30,7 @@ from phyla.training.data.pipeline import prepare
 from phyla.training.divergence import divergences
 from phyla.training.progress import Reporter
 from phyla.training.saved import Saved, load, make_asker
+from phyla.training.step import split
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,7 @@ class Calibration:
 
 def compress_run(
     folder: Path,
-    recipes: Sequence[Recipe],
+    recipes: Sequence[Rule],
     out: Path,
     *,
     calibration: Calibration | None = None,
@@ -113,14 +114,14 @@ def compress_run(
     rows = [{"recipe": None} | dataclasses.asdict(size(original))]
     rows += [{"recipe": str(step.recipe)} | dataclasses.asdict(size(step.model)) for step in steps]
     _compare(saved, [original, *(step.model for step in steps)], rows)
-    run.create(out, saved.experiment, run.read_record(folder)["tokenizer"], compression=done)
+    experiment = dataclasses.replace(saved.experiment, base=None, recipes="")
+    run.create(out, experiment, run.read_record(folder)["tokenizer"], compression=done)
     if saved.own_tokenizer is not None:
         saved.own_tokenizer.save(out / "tokenizer")
     with Checkpoints(out) as checkpoints:
-        checkpoints.save_params(nnx.state(steps[-1].model), saved.step)
-    averaged = saved.experiment.loop.ema > 0 and not saved.recipes
-    rows[0]["bytes_on_disk"] = _on_disk(folder, saved.step, "ema" if averaged else "params")
-    rows[-1]["bytes_on_disk"] = _on_disk(out, saved.step, "params")
+        checkpoints.save_params(*split(steps[-1].model)[1:], step=saved.step)
+    rows[0]["bytes_on_disk"] = _on_disk(folder, saved.step)
+    rows[-1]["bytes_on_disk"] = _on_disk(out, saved.step)
     record = {
         "run": str(folder),
         "step": saved.step,
@@ -178,9 +179,11 @@ def _compare(saved: Saved, models: list[LanguageModel], rows: list[dict[str, Any
         row |= each._asdict()
 
 
-def _on_disk(folder: Path, step: int, item: str) -> int:
-    """Of a checkpoint's parameters alone, without the optimizer's state."""
-    return sum(path.stat().st_size for path in (folder / "checkpoints" / str(step) / item).rglob("*") if path.is_file())
+def _on_disk(folder: Path, step: int) -> int:
+    """Of a checkpoint's model alone, without the optimizer's state."""
+    items = folder / "checkpoints" / str(step)
+    parts = [items / ("ema" if (items / "ema").exists() else "params"), items / "frozen"]
+    return sum(path.stat().st_size for part in parts for path in part.rglob("*") if path.is_file())
 
 
 def _parameters(steps: list[Step]) -> dict[str, Any]:

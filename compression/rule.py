@@ -1,0 +1,78 @@
+"""What every recipe is: something that is done to a model, as frozen data that knows its name and how it is done.
+
+A kind of recipe is a subclass of `Rule` in a file of its own, beside what it does; its names are listed in
+`phyla.compression.recipes`.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import jax
+
+from phyla.compression import matrices
+from phyla.compression.calibrate import Moments
+from phyla.models.errors import UserError
+from phyla.models.language_model import LanguageModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """What every recipe is."""
+
+    only: str = ""
+    """A regular expression, found somewhere in the paths of the parameters that it is for; empty: all."""
+
+    reshapes: ClassVar[bool] = False
+    """Whether it makes an ordinary model of another configuration: `apply` returns it with its own `config`."""
+    keeps_base: ClassVar[bool] = False
+    """Whether every array of the model before is in the model after, so that only what is new need be saved."""
+
+    def __post_init__(self):
+        try:
+            re.compile(self.only)
+        except re.error as error:
+            raise UserError(f"{self.method}@{self.only}: not a regular expression: {error}") from error
+
+    @property
+    def method(self) -> str:
+        """Its name without `only`."""
+        raise NotImplementedError
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether it depends on what the matrices multiply, so that a text must be read."""
+        return False
+
+    def apply(self, model: LanguageModel, chosen: list[matrices.Place], moments: Moments, key: jax.Array) -> "Applied":
+        """Does it.
+
+        Args:
+            model: may be changed in place.
+            chosen: its parameters that `only` chooses, of those that any method may touch.
+            moments: of a text in this model, if it `needs_text`.
+            key: for what it draws at random.
+        """
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return f"{self.method}@{self.only}" if self.only else self.method
+
+
+class Applied(NamedTuple):
+    """What `Rule.apply` made."""
+
+    model: LanguageModel
+    left: dict[str, str]
+    """Paths of the chosen parameters that it left as they were, and why."""
+
+
+class Method(NamedTuple):
+    """How a kind of recipe is named."""
+
+    pattern: str
+    """A regular expression that all its names match, and no other."""
+    make: Callable[[re.Match, str], Rule]
+    """From the match and `Rule.only`."""
+    summary: str
