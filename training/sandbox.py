@@ -10,9 +10,9 @@ What the kernel enforces on Linux, from the moment the program's first line runs
 
 What only Python enforces, through an audit hook that cannot be removed: no sockets, processes, signals, files or
 ctypes, and no module but some of the standard library. It stops programs that mean no harm, such as what a language
-model writes. Code written to break an interpreter may get around it, and then it can signal the user's processes (not root's)
-and, where namespaces are not allowed, use the network and read and delete what the user can. Elsewhere than on Linux
-only the limits and the hook remain.
+model writes. Code written to break an interpreter may get around it, and then it can signal the user's processes (not
+root's) and, where namespaces are not allowed, use the network and read and delete what the user can. Elsewhere than on
+Linux only the limits and the hook remain.
 
 The parent kills the process group at the wall-clock limit, and as soon as the output is too long.
 """

@@ -9,7 +9,7 @@ import pytest
 
 from phyla.models.errors import UserError
 from phyla.training import protocols
-from phyla.training.data.arithmetic import INSTRUCTIONS, problems
+from phyla.training.data.arithmetic import INSTRUCTIONS, Protocol, problems
 from phyla.training.data.conversations import ChatFormat
 from phyla.training.data.tokenizers import ByteTokenizer, encode_prompt
 from phyla.training.generate import generate
@@ -93,7 +93,7 @@ def test_perfect_and_wrong_answers_are_told_apart(trained, tmp_path, monkeypatch
     for protocol in INSTRUCTIONS:
         wrong = {"direct": "12345", "cot": "The answer is 12345.", "pal": "while True print"}[protocol]
 
-        def respond(saved, prompts, protocol=protocol, wrong=wrong, **options):
+        def respond(saved, prompts, protocol: Protocol = protocol, wrong=wrong, **options):
             return [(wrong if i == 2 else each.response(protocol), True) for i, each in enumerate(asked)]
 
         monkeypatch.setattr(protocols, "respond", respond)
