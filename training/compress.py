@@ -32,6 +32,8 @@ from phyla.training.progress import Reporter
 from phyla.training.saved import Saved, load, make_asker
 from phyla.training.step import split
 
+COMPRESSION = "compression.json"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Size:
@@ -131,7 +133,7 @@ def compress_run(
         "parameters": _parameters(steps),
         "left": _left(steps),
     }
-    run.write_json(json or out / "compression.json", record)
+    run.write_json(json or out / COMPRESSION, record)
     _print(out, record)
     return record
 
