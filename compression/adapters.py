@@ -114,8 +114,8 @@ class Adapt(Rule):
             raise UserError(f"{self} is for nothing in this model: {self._reason(able, found)}")
         freeze(model)
         for target, own in zip(wrapped, jax.random.split(key, len(wrapped)), strict=True):
-            if isinstance(target.held, nnx.Param):
-                target.held.set_metadata(precise=UNDER)
+            for _, variable in _flat(target.held):
+                variable.set_metadata(precise=UNDER)
             matrices.replace(model, target.path, self.wrap(target, own))
         return Applied(model, left, tuple(target.name for target in wrapped))
 
@@ -361,6 +361,10 @@ def is_linear(weight: nnx.Param | Weight) -> bool:
             return False
         weight = weight.body
     return True
+
+
+def _flat(held: nnx.Param | Weight) -> list[tuple[tuple, nnx.Param]]:
+    return [((), held)] if isinstance(held, nnx.Param) else list(nnx.to_flat_state(nnx.state(held, nnx.Param)))
 
 
 def of_each(one: Callable[[jax.Array], Any], held: nnx.Param | Weight) -> Any:

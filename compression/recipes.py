@@ -7,11 +7,12 @@ directory needs no more than the names.
 
 import re
 
-from phyla.compression import adapters, depth, mixed, prune, quantize, structure
+from phyla.compression import activations, adapters, awq, depth, mixed, prune, quantize, rotate, structure
 from phyla.compression.rule import Rule
 from phyla.models.errors import choose
 
-METHODS = quantize.METHODS | mixed.METHODS | prune.METHODS | structure.METHODS | depth.METHODS | adapters.METHODS
+MODULES = (quantize, mixed, awq, activations, rotate, prune, structure, depth, adapters)
+METHODS = {name: method for module in MODULES for name, method in module.METHODS.items()}
 """By an example of their names."""
 
 EXPLAINED = """

@@ -101,7 +101,7 @@ class PiSSA(LoRA):
 
 
 class DoRA(LoRA):
-    """Each column of W + scale · A B divided by its norm, times a learned magnitude (Liu et al. 2024, arXiv 2402.09353).
+    """Each column of W + scale · A B, made 1 long, times a learned magnitude (Liu et al. 2024, arXiv 2402.09353).
 
     The norm counts as a constant in the derivative (their section 4.3). It comes from that of W's column, which does
     not change, and products of A and B, so that no dense matrix is made.

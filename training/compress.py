@@ -1,7 +1,6 @@
 """`phyla compress`: a run with a smaller model made of a run, and what that cost."""
 
 import dataclasses
-import functools
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -24,7 +23,7 @@ from phyla.models.config import ModelConfig
 from phyla.models.errors import UserError
 from phyla.models.language_model import LanguageModel
 from phyla.models.weights import Weight, materialize
-from phyla.training import run
+from phyla.training import activations, run
 from phyla.training.checkpoints import Checkpoints
 from phyla.training.data.pipeline import prepare
 from phyla.training.divergence import divergences
@@ -69,7 +68,7 @@ def _nonzero(weight: nnx.Param | Weight) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """The text that is read by recipes that need one."""
+    """The text of the methods that read one."""
 
     source: str | None = None
     """As `data.source`; None: the run's own training text."""
@@ -112,7 +111,15 @@ def compress_run(
     abstract(run.read_experiment(folder).model, (*shaping(before), *recipes))  # refuses before anything is computed
     saved = load(folder)
     original = saved.model()
-    steps = compress(original, recipes, functools.partial(_moments, saved, calibration))
+    read: list[dict[str, dict[str, float]]] = []
+
+    def calibrate(model: LanguageModel, measure: Measure) -> Moments:
+        found = _measured(saved, calibration, model, measure)
+        if found.columns:
+            read.append(activations.activations(found.columns))
+        return found
+
+    steps = compress(original, recipes, calibrate)
     rows = [{"recipe": None} | dataclasses.asdict(size(original))]
     rows += [{"recipe": str(step.recipe)} | dataclasses.asdict(size(step.model)) for step in steps]
     _compare(saved, [original, *(step.model for step in steps)], rows)
@@ -129,7 +136,8 @@ def compress_run(
     record = {
         "run": str(folder),
         "step": saved.step,
-        "calibration": dataclasses.asdict(calibration) if any(each.needs_text for each in recipes) else None,
+        "calibration": dataclasses.asdict(calibration) if read else None,
+        "activations": read[0] if read else None,
         "steps": rows,
         "coverage": _coverage(made.config, steps),
         "parameters": _parameters(steps),
@@ -138,21 +146,26 @@ def compress_run(
     }
     run.write_json(json or out / COMPRESSION, record)
     _print(out, record)
+    if read:
+        kinds = {dotted(path): _layer(saved.experiment.model, path) for path in weights(original)}
+        Console(highlight=False).print(activations.table(read[0], kinds.__getitem__))
     return record
 
 
-def _moments(saved: Saved, calibration: Calibration, model: LanguageModel, measure: Measure) -> Moments:
+def _measured(saved: Saved, calibration: Calibration, model: LanguageModel, measure: Measure) -> Moments:
     """Of the rows of the text that have no padding."""
     data = saved.experiment.data
     if calibration.source is not None:
-        data = dataclasses.replace(data, source=calibration.source)
+        # a text, also for a run of conversations
+        others = {} if data.template is None else {"template": None, "validation": None, "streaming": False}
+        data = dataclasses.replace(data, source=calibration.source, **others)
     packed = prepare(data, saved.tokenizer, "train", max_tokens=calibration.tokens)
     (full,) = np.nonzero(np.all(packed.segment_ids != 0, axis=1))
     if not len(full):
         raise UserError(f"{calibration.tokens} tokens fill no row of data.sequence_length {data.sequence_length} + 1")
     rows = min(saved.experiment.loop.batch_size, len(full))
     full = full[: len(full) // rows * rows]
-    packed = dataclasses.replace(packed, tokens=packed.tokens[full], segment_ids=packed.segment_ids[full])
+    packed = dataclasses.replace(packed, tokens=packed.tokens[full], segment_ids=packed.segment_ids[full], weights=None)
     ask = make_asker(saved.experiment, saved.tokenizer.mask_id)
     with Reporter() as reporter, reporter.task("calibrate", len(full) // rows, "batches") as task:
 

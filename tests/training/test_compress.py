@@ -166,6 +166,23 @@ def test_methods_that_read_text_read_what_they_are_told(trained, tmp_path):
     assert (np.count_nonzero(np.reshape(dense, (-1, 4, dense.shape[-1])), axis=1) <= 2).all()
 
 
+def test_weights_that_wrap_others_are_saved_and_reported(trained, tmp_path):
+    """By the names that the parameters had; what was read, too."""
+    options = Calibration(tokens=500)
+    record = compress_run(trained, parse("rotate+w8a8-tensor"), tmp_path / "out", calibration=options)
+    names = {".".join(map(str, path)) for path in weights(load(trained).model())}
+    assert record["parameters"].keys() | record["left"].keys() == names
+    query = record["parameters"]["periods.blocks.0.mixer.q.weight"]
+    assert query["recipes"] == ["rotate", "w8a8-tensor"]
+    assert query["bits_per_weight"] == pytest.approx(8 + (16 * 32 + 16 * 8 + 32) / 256)  # scales, signs, a scale
+    assert record["activations"]["periods.blocks.0.mixer.q.weight"]["inputs"] == 16
+    assert record["activations"].keys() < names
+    assert record["steps"][-1]["kl"] < 0.05
+    path = ("periods", "blocks", 0, "mixer", "q", "weight")
+    before, after = (materialize(weights(load(folder).model())[path]) for folder in (trained, tmp_path / "out"))
+    np.testing.assert_allclose(after, before, atol=0.03 * np.abs(before).max())
+
+
 def test_an_imported_model_is_exported_dense(tmp_path, capsys):
     """One without a tokenizer, hence without a loss."""
     import_model(LLAMA, tmp_path / "run")
