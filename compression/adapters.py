@@ -27,7 +27,7 @@ from phyla.models.language_model import LanguageModel
 from phyla.models.quantized import Quantized
 from phyla.models.weights import Weight, constant, freeze, materialize, parameter, unfreeze, uniform
 
-PART, UNDER = "part of an adapter", "an adapter is on it: merge it first"
+PART = "an adapter is on it, or it is part of one: merge it first"
 
 OUTPUTS = r"mixer\.(k|v|key|value|in_proj|x_proj|z)\.weight$"
 """IA3's keys and values. A Mamba's values are half of in_proj's outputs, its keys (B) part of x_proj's."""
@@ -115,7 +115,7 @@ class Adapt(Rule):
         freeze(model)
         for target, own in zip(wrapped, jax.random.split(key, len(wrapped)), strict=True):
             for _, variable in _flat(target.held):
-                variable.set_metadata(precise=UNDER)
+                variable.set_metadata(precise=PART)
             matrices.replace(model, target.path, self.wrap(target, own))
         return Applied(model, left, tuple(target.name for target in wrapped))
 

@@ -310,7 +310,7 @@ def test_qlora_makes_no_dense_copy(optimised):
         ("mamba", "state@mixer", "is for the whole model"),
         ("mamba", "prompt-0", "nearest: prompt-1"),
         ("mamba", "state+prompt-2", "has a learned beginning already"),
-        ("mamba", "lora-r2+int8@in_proj", "an adapter is on it: merge it first"),
+        ("mamba", "lora-r2+int8@in_proj", "or it is part of one: merge it first"),
     ],
 )
 def test_what_cannot_be_adapted_is_an_error(family, name, error):
