@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phyla.compression.compress import abstract, compress
@@ -371,11 +371,12 @@ def test_what_is_left_decodes():
     np.testing.assert_allclose(jnp.concatenate(found, axis=1), logits(made), atol=1e-5)
 
 
-@given(st.integers(2, 9), st.integers(1, 4), st.data())
-def test_rows_are_fitted_to_what_all_of_them_gave(K, N, data):
+@settings(deadline=None, max_examples=20)
+@given(st.sets(st.integers(0, 6), min_size=4, max_size=4), st.integers(0, 99))
+def test_rows_are_fitted_to_what_all_of_them_gave(chosen, seed):
     """Least squares in float64 on the vectors themselves, with a damped change; an input never seen keeps its row."""
-    kept = sorted(data.draw(st.sets(st.integers(0, K - 1), min_size=1, max_size=K - 1)))
-    rng = np.random.default_rng(K * N)
+    K, N, kept = 7, 3, sorted(chosen)
+    rng = np.random.default_rng(seed)
     X, w = rng.standard_normal((20, K)), rng.standard_normal((K, N))
     X[:, K - 1] = 0
     H = X.T @ X
