@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -25,6 +25,8 @@ class Step(NamedTuple):
 
     model: LanguageModel
     recipe: Rule
+    rules: tuple[Rule, ...]
+    """What it was for this model: see `Rule.resolve`."""
     changed: tuple[str, ...]
     """Paths of parameters."""
     left: dict[str, str]
@@ -48,22 +50,35 @@ def compress(
         model: the model.
         recipes: what to do.
         calibrate: reads a text with a model and with what a recipe `measure`s, for recipes that need it; by default no
-            text, after which GPTQ rounds to nearest and SparseGPT prunes by magnitude.
+            text, after which GPTQ rounds to nearest, SparseGPT prunes by magnitude and activations have the scale 1.
         seed: of what recipes draw at random.
 
     Raises UserError if a recipe finds nothing that it could change.
     """
     steps = []
     for recipe, key in zip(recipes, jax.random.split(jax.random.key(seed), len(recipes)), strict=True):
-        steps.append(_apply(steps[-1].model if steps else model, recipe, calibrate, key))
+        before = steps[-1].model if steps else model
+        moments = calibrate(before, recipe.measure) if recipe.needs_text else Moments()
+        steps.append(_apply(before, recipe, recipe.resolve(before, moments), moments, key))
     return steps
 
 
 def abstract(config: ModelConfig, recipes: Sequence[Rule]) -> LanguageModel:
-    """The compressed model with shapes in place of arrays; nothing is computed. Raises UserError as `compress`."""
+    """The compressed model with shapes in place of arrays; nothing is computed. Raises UserError as `compress`.
+
+    What recipes make whose names alone do not say the shapes of it is as small as it could be.
+    """
     if not recipes:
         return sizes.abstract(config)
-    return jax.eval_shape(lambda: compress(LanguageModel(config, nnx.Rngs(0)), recipes)[-1].model)
+
+    def made() -> LanguageModel:
+        model = LanguageModel(config, nnx.Rngs(0))
+        for recipe in recipes:
+            moments = no_text(model, recipe.measure) if recipe.needs_text else Moments()
+            model = _apply(model, recipe, (recipe,), moments, jax.random.key(0)).model
+        return model
+
+    return jax.eval_shape(made)
 
 
 def shaping(recipes: Sequence[Rule]) -> tuple[Rule, ...]:
@@ -75,24 +90,23 @@ def shaping(recipes: Sequence[Rule]) -> tuple[Rule, ...]:
     return tuple(recipes[last + 1 :])
 
 
-def _apply(
-    model: LanguageModel, recipe: Rule, calibrate: Callable[[LanguageModel, Measure], Moments], key: jax.Array
-) -> Step:
-    moments = calibrate(model, recipe.measure) if recipe.needs_text else {}
+def _apply(model: LanguageModel, recipe: Rule, rules: Sequence[Rule], moments: Any, key: jax.Array) -> Step:
     model = nnx.clone(model)
     everything = matrices.places(model)
-    free = [place for place in everything if place.kind or recipe.reshapes]
-    chosen = [place for place in free if re.search(recipe.only, place.name)]
-    left = {}
-    if not recipe.reshapes:
-        left = {place.name: place.left for place in everything if not place.kind}
-        left |= {place.name: f"{recipe} is not for it" for place in free if place not in chosen}
-    model, of_chosen = recipe.apply(model, chosen, moments, key)
-    left |= of_chosen
+    left = {place.name: place.left for place in everything if not place.kind and not recipe.reshapes}
+    others = [place for place in everything if place.kind and not any(rule.chooses(place) for rule in rules)]
+    left |= {place.name: f"{recipe} is not for it" for place in others}
+    done = []
+    for rule in rules:  # each for what those before it left
+        chosen = [place for place in matrices.places(model) if rule.chooses(place)]
+        model, of_chosen = rule.apply(model, chosen, moments, key)
+        left = {name: why for name, why in left.items() if name not in {place.name for place in chosen}} | of_chosen
+        if of_chosen.keys() < {place.name for place in chosen}:
+            done.append(rule)
     changed = tuple(place.name for place in everything if place.name not in left)
     if not changed:
         raise UserError(f"{recipe} changes nothing in this model: {_reason(recipe, everything, left)}")
-    return Step(model, recipe, changed, left)
+    return Step(model, recipe, tuple(done), changed, left)
 
 
 def _reason(recipe: Rule, everything: list[matrices.Place], left: dict[str, str]) -> str:

@@ -45,9 +45,21 @@ class Rule:
         """Whether it depends on what the matrices multiply, so that a text must be read."""
         return False
 
+    @property
+    def needs_moments(self) -> bool:
+        """Whether it depends on second moments, not on each input's own figures alone (`calibrate.Columns`)."""
+        return self.needs_text
+
+    def resolve(self, model: LanguageModel, moments: Moments) -> tuple["Rule", ...]:
+        """What it is for this model, as recipes by whose names alone the shapes of what they make are known.
+
+        A run is recorded as these. Raises UserError if there is nothing in the model that it is for.
+        """
+        return (self,)
+
     def measure(self, model: LanguageModel, batches: Iterable[tuple[jax.Array, jax.Array]]) -> Moments:
         """What it wants to know of a text, if it `needs_text`; zeros of no text. See `calibrate.moments`."""
-        return calibrate.moments(model, batches)
+        return calibrate.moments(model, batches, self.needs_moments)
 
     def apply(self, model: LanguageModel, chosen: list[matrices.Place], moments: Moments, key: jax.Array) -> "Applied":
         """Does it.
@@ -60,8 +72,17 @@ class Rule:
         """
         raise NotImplementedError
 
+    def chooses(self, place: matrices.Place) -> bool:
+        """Whether it is for this parameter, which any method may touch (or which is cut with others)."""
+        return (place.kind is not None or self.reshapes) and re.search(self.only, place.name) is not None
+
     def __str__(self) -> str:
         return f"{self.method}@{self.only}" if self.only else self.method
+
+
+def exactly(names: Iterable[str]) -> str:
+    """`Rule.only` that chooses the parameters of these names alone."""
+    return f"^({'|'.join(map(re.escape, names))})$"
 
 
 class Applied(NamedTuple):

@@ -57,6 +57,17 @@ def parameter(
     )
 
 
+def trainable(path: tuple, variable: nnx.Variable) -> bool:
+    """A filter for `nnx.split`: the parameters that training changes, all but those that `freeze` has marked."""
+    return isinstance(variable, nnx.Param) and variable.get_metadata().get("trainable", True)
+
+
+def freeze(model: nnx.Module) -> None:
+    """Marks every parameter that the model has now as one that training leaves as it is."""
+    for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        variable.set_metadata(trainable=False)
+
+
 def normal(std: float) -> Initializer:
     """Normal with a fixed standard deviation."""
     return lambda key, shape: std * jax.random.normal(key, shape)
@@ -132,6 +143,16 @@ class Weight(nnx.Module, abc.ABC):
 def matmul(x: jax.Array, weight: nnx.Param | Weight) -> jax.Array:
     """x [..., in] times weight [in, out], in x's dtype."""
     return weight.matmul(x) if isinstance(weight, Weight) else dense_matmul(x, weight[...])
+
+
+def grouped(x: jax.Array, weight: nnx.Param | Weight, sizes: jax.Array) -> jax.Array:
+    """x [N, in] times weight [E, in, out], each row its group's matrix: [N, out] in x's dtype; see `ExpertLinear`."""
+    return weight.grouped_matmul(x, sizes) if isinstance(weight, Weight) else grouped_matmul(x, weight[...], sizes)
+
+
+def group_of_rows(sizes: jax.Array, rows: int) -> jax.Array:
+    """The number of each row's group, integers [rows], where groups of `sizes` [E] follow each other; E after them."""
+    return jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(rows), side="right")
 
 
 def materialize(weight: nnx.Param | Weight) -> jax.Array:

@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import grain
 import jax
@@ -13,7 +13,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from phyla.models.errors import UserError
 from phyla.models.formats.source import Lazy
-from phyla.training.step import TrainState
+from phyla.training.step import NOTHING, TrainState
 
 METRIC = "bits_per_byte"
 
@@ -21,11 +21,20 @@ METRIC = "bits_per_byte"
 class Checkpoints:
     """The checkpoints of a run. A context: leaving it waits for the last one to be written.
 
-    Each holds `params` (the averaged ones under `ema` if the run keeps an average), `rest` of the training state,
-    `data` (the iterator's position) and `progress` (seconds trained and the like).
+    Each holds `params`, what was trained (the averaged ones under `ema` if the run keeps an average), `frozen`, what of
+    the model was not (unless another run has it), `rest` of the training state, `data` (the iterator's position) and
+    `progress` (seconds trained and the like).
     """
 
-    def __init__(self, folder: Path, keep: int = 1):
+    def __init__(self, folder: Path, keep: int = 1, *, frozen: bool = True):
+        """Of a folder.
+
+        Args:
+            folder: the run's.
+            keep: how many of the latest stay.
+            frozen: whether what of the model is frozen, if anything, is saved.
+        """
+        self._frozen = frozen
         policies = checkpoint_managers.AnyPreservationPolicy(
             [
                 checkpoint_managers.LatestN(keep),
@@ -54,44 +63,60 @@ class Checkpoints:
 
     def save(self, state: TrainState, data: grain.DatasetIterator, progress: dict, bits_per_byte: float | None) -> None:
         """Starts to write the state at its step; returns when the state may be donated."""
-        rest = state._replace(params=None, ema=None)._asdict()
         items = {
             "params": ocp.args.StandardSave(state.params),
-            "rest": ocp.args.StandardSave(rest),
+            "rest": ocp.args.StandardSave(_rest(state)),
             "data": ocp.args.JsonSave(data.get_state()),
             "progress": ocp.args.JsonSave(progress),
         }
         if state.ema is not None:
             items["ema"] = ocp.args.StandardSave(state.ema)
+        if self._frozen and state.frozen[0]:
+            items["frozen"] = ocp.args.StandardSave(state.frozen[0])
         metrics = {METRIC: math.inf if bits_per_byte is None else bits_per_byte}
         self._manager.save(int(state.step), args=ocp.args.Composite(**items), metrics=metrics)
 
-    def save_params(self, params: nnx.State, step: int = 0) -> None:
-        """Writes parameters alone."""
-        args = ocp.args.Composite(params=ocp.args.StandardSave(params))
-        self._manager.save(step, args=args, metrics={METRIC: math.inf})
+    def save_params(self, params: nnx.State, frozen: nnx.State | None = None, step: int = 0) -> None:
+        """Writes a model alone: what could be trained of it, and what could not."""
+        items = {"params": ocp.args.StandardSave(params)}
+        if frozen:
+            items["frozen"] = ocp.args.StandardSave(frozen)
+        self._manager.save(step, args=ocp.args.Composite(**items), metrics={METRIC: math.inf})
 
     def restore(self, step: int, abstract: TrainState, data: grain.DatasetIterator) -> tuple[TrainState, dict]:
-        """The state of a step, laid out as `abstract` says (shapes, dtypes, shardings); sets `data` to its position."""
-        rest = abstract._replace(params=None, ema=None)._asdict()
+        """The state of a step, laid out as `abstract` says (shapes, dtypes, shardings); sets `data` to its position.
+
+        What is frozen of the objective is not restored, nor what is frozen of the model if that was not saved.
+        """
         items = {
             "params": ocp.args.StandardRestore(abstract.params),
-            "rest": ocp.args.StandardRestore(rest),
+            "rest": ocp.args.StandardRestore(_rest(abstract)),
             "data": ocp.args.JsonRestore(),
             "progress": ocp.args.JsonRestore(),
         }
         if abstract.ema is not None:
             items["ema"] = ocp.args.StandardRestore(abstract.ema)
+        if self._frozen and abstract.frozen[0]:
+            items["frozen"] = ocp.args.StandardRestore(abstract.frozen[0])
         found = self._manager.restore(step, args=ocp.args.Composite(**items))
         data.set_state(found["data"])
         whole = found["rest"] | {"params": found["params"], "ema": found.get("ema")}
+        whole["frozen"] = found.get("frozen", NOTHING), NOTHING
         return TrainState(**whole), found["progress"]
 
-    def restore_params(self, step: int, abstract: nnx.State, *, averaged: bool) -> nnx.State:
-        """Only the parameters of a step, or their moving average."""
-        item = "ema" if averaged else "params"
+    def has(self, step: int, item: str) -> bool:
+        """Whether a step has an item."""
+        found = self._manager.metadata(step).item_metadata
+        return found is not None and item in found
+
+    def restore_params(self, step: int, abstract: nnx.State, item: Literal["params", "ema", "frozen"]) -> nnx.State:
+        """One item of a step alone."""
         args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)})
         return self._manager.restore(step, args=args)[item]
+
+
+def _rest(state: TrainState) -> dict[str, Any]:
+    return state._replace(params=None, ema=None, frozen=None)._asdict()
 
 
 def write_params(folder: Path, params: nnx.State) -> None:

@@ -1,7 +1,6 @@
 """`phyla compress`: a run with a smaller model made of a run, and what that cost."""
 
 import dataclasses
-import functools
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -24,12 +23,15 @@ from phyla.models.errors import UserError
 from phyla.models.language_model import LanguageModel
 from phyla.models.registry import LAYERS
 from phyla.models.weights import Weight, materialize
-from phyla.training import run
+from phyla.training import activations, run
 from phyla.training.checkpoints import Checkpoints
 from phyla.training.data.pipeline import prepare
 from phyla.training.divergence import divergences
 from phyla.training.progress import Reporter
 from phyla.training.saved import Saved, load, make_asker
+from phyla.training.step import split
+
+COMPRESSION = "compression.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +68,7 @@ def _nonzero(weight: nnx.Param | Weight) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """The text that is read by recipes that need one."""
+    """The text of the methods that read one."""
 
     source: str | None = None
     """As `data.source`; None: the run's own training text."""
@@ -109,35 +111,47 @@ def compress_run(
     abstract(run.read_experiment(folder).model, (*shaping(before), *recipes))  # refuses before anything is computed
     saved = load(folder)
     original = saved.model()
-    steps = compress(original, recipes, functools.partial(_moments, saved, calibration))
+    read: list[dict[str, dict[str, float]]] = []
+
+    def calibrate(model: LanguageModel, measure: Measure) -> Moments:
+        found = _measured(saved, calibration, model, measure)
+        if found.columns:
+            read.append(activations.activations(found.columns))
+        return found
+
+    steps = compress(original, recipes, calibrate)
     rows = [{"recipe": None} | dataclasses.asdict(size(original))]
     rows += [{"recipe": str(step.recipe)} | dataclasses.asdict(size(step.model)) for step in steps]
     _compare(saved, [original, *(step.model for step in steps)], rows)
     made = steps[-1].model
-    experiment = dataclasses.replace(saved.experiment, model=made.config)
-    run.create(out, experiment, run.read_record(folder)["tokenizer"], compression=(*before, *recipes))
+    done = (*before, *(rule for step in steps for rule in step.rules))
+    experiment = dataclasses.replace(saved.experiment, model=made.config, base=None, recipes="")
+    run.create(out, experiment, run.read_record(folder)["tokenizer"], compression=done)
     if saved.own_tokenizer is not None:
         saved.own_tokenizer.save(out / "tokenizer")
     with Checkpoints(out) as checkpoints:
-        checkpoints.save_params(nnx.state(made), saved.step)
-    averaged = saved.experiment.loop.ema > 0 and not saved.recipes
-    rows[0]["bytes_on_disk"] = _on_disk(folder, saved.step, "ema" if averaged else "params")
-    rows[-1]["bytes_on_disk"] = _on_disk(out, saved.step, "params")
+        checkpoints.save_params(*split(made)[1:], step=saved.step)
+    rows[0]["bytes_on_disk"] = _on_disk(folder, saved.step)
+    rows[-1]["bytes_on_disk"] = _on_disk(out, saved.step)
     record = {
         "run": str(folder),
         "step": saved.step,
-        "calibration": dataclasses.asdict(calibration) if any(each.needs_text for each in recipes) else None,
+        "calibration": dataclasses.asdict(calibration) if read else None,
+        "activations": read[0] if read else None,
         "steps": rows,
         "coverage": _coverage(made.config, steps),
         "parameters": _parameters(steps),
         "left": _left(steps),
     }
-    run.write_json(json or out / "compression.json", record)
+    run.write_json(json or out / COMPRESSION, record)
     _print(out, record)
+    if read:
+        kinds = {dotted(path): _layer(saved.experiment.model, path) for path in weights(original)}
+        Console(highlight=False).print(activations.table(read[0], kinds.__getitem__))
     return record
 
 
-def _moments(saved: Saved, calibration: Calibration, model: LanguageModel, measure: Measure) -> Moments:
+def _measured(saved: Saved, calibration: Calibration, model: LanguageModel, measure: Measure) -> Moments:
     """Of the rows of the text that have no padding."""
     data = saved.experiment.data
     if calibration.source is not None:
@@ -178,9 +192,11 @@ def _compare(saved: Saved, models: list[LanguageModel], rows: list[dict[str, Any
         row |= each._asdict()
 
 
-def _on_disk(folder: Path, step: int, item: str) -> int:
-    """Of a checkpoint's parameters alone, without the optimizer's state."""
-    return sum(path.stat().st_size for path in (folder / "checkpoints" / str(step) / item).rglob("*") if path.is_file())
+def _on_disk(folder: Path, step: int) -> int:
+    """Of a checkpoint's model alone, without the optimizer's state."""
+    items = folder / "checkpoints" / str(step)
+    parts = [items / ("ema" if (items / "ema").exists() else "params"), items / "frozen"]
+    return sum(path.stat().st_size for part in parts for path in part.rglob("*") if path.is_file())
 
 
 def _parameters(steps: list[Step]) -> dict[str, Any]:

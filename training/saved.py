@@ -9,6 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from phyla.compression import compress
+from phyla.compression.recipes import parse
 from phyla.compression.rule import Rule
 from phyla.models.errors import UserError
 from phyla.models.language_model import LanguageModel
@@ -17,6 +18,7 @@ from phyla.training.checkpoints import Checkpoints, whole_step, with_shardings
 from phyla.training.config import Experiment, MeshConfig
 from phyla.training.data.tokenizers import Tokenizer, check_match, load_tokenizer
 from phyla.training.objectives import Asker, Objective, hidden_tokens, masked_token, next_token, next_tokens
+from phyla.training.step import split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +34,7 @@ class Saved:
     mesh: Mesh
     step: int
     recipes: tuple[Rule, ...] = ()
-    """By which it was compressed."""
+    """All that was done to its model besides training."""
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -81,11 +83,18 @@ def load(folder: Path) -> Saved:
         check_match(fingerprint, tokenizer.fingerprint())
     mesh = sharding.make_mesh(MeshConfig(data=1), batch=1)
     recipes = run.read_recipes(folder)
-    graphdef, abstract = nnx.split(compress.abstract(experiment.model, compress.shaping(recipes)))
-    abstract = with_shardings(abstract, sharding.shardings(abstract, mesh))
+    model = compress.abstract(experiment.model, compress.shaping(recipes))
+    graphdef, *abstract = split(model)
+    params, frozen = (with_shardings(each, sharding.shardings(each, mesh)) for each in abstract)
     with Checkpoints(folder) as checkpoints:
         step = whole_step(checkpoints, folder)
-        params = checkpoints.restore_params(step, abstract, averaged=experiment.loop.ema > 0 and not recipes)
+        item = "ema" if checkpoints.has(step, "ema") else "params"
+        params = checkpoints.restore_params(step, params, item)
+        if checkpoints.has(step, "frozen"):
+            frozen = checkpoints.restore_params(step, frozen, "frozen")
+        elif frozen:
+            frozen = _frozen_of_base(experiment)
+        params = nnx.merge_state(params, frozen)
     return Saved(
         folder=folder,
         experiment=experiment,
@@ -96,3 +105,12 @@ def load(folder: Path) -> Saved:
         step=step,
         recipes=recipes,
     )
+
+
+def _frozen_of_base(experiment: Experiment) -> nnx.State:
+    """What a run did not train, and has not saved, because the run that it began with has it."""
+    assert experiment.base is not None
+    model = load(Path(experiment.base)).model()
+    own = parse(experiment.recipes) if experiment.recipes else ()
+    after = compress.compress(model, own, seed=experiment.loop.seed)[-1].model if own else model
+    return split(after)[2]
