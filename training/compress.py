@@ -145,7 +145,7 @@ def compress_run(
     record = {
         "run": str(folder),
         "step": saved.step,
-        "calibration": dataclasses.asdict(calibration) if read else None,
+        "calibration": dataclasses.asdict(calibration) if any(each.needs_text for each in recipes) else None,
         "activations": read[0] if read else None,
         "steps": rows,
         "coverage": _coverage(made.config, steps),
