@@ -31,6 +31,8 @@ from phyla.training.progress import Reporter
 from phyla.training.saved import Saved, load, make_asker
 from phyla.training.step import split
 
+COMPRESSION = "compression.json"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Size:
@@ -105,8 +107,8 @@ def compress_run(
         raise UserError(f"{'+'.join(map(str, recipes))} reads no text: leave --calibration and --tokens out")
     calibration = calibration or Calibration()
     run.check_new(out)
-    done = (*run.read_recipes(folder), *recipes)
-    abstract(run.read_experiment(folder).model, done)  # which refuses before anything is computed
+    before = run.read_recipes(folder)
+    abstract(run.read_experiment(folder).model, (*before, *recipes))  # which refuses before anything is computed
     saved = load(folder)
     original = saved.model()
     read: list[dict[str, dict[str, float]]] = []
@@ -120,6 +122,7 @@ def compress_run(
     rows = [{"recipe": None} | dataclasses.asdict(size(original))]
     rows += [{"recipe": str(step.recipe)} | dataclasses.asdict(size(step.model)) for step in steps]
     _compare(saved, [original, *(step.model for step in steps)], rows)
+    done = (*before, *(rule for step in steps for rule in step.rules))
     experiment = dataclasses.replace(saved.experiment, base=None, recipes="")
     run.create(out, experiment, run.read_record(folder)["tokenizer"], compression=done)
     if saved.own_tokenizer is not None:
@@ -138,7 +141,7 @@ def compress_run(
         "parameters": _parameters(steps),
         "left": _left(steps),
     }
-    run.write_json(json or out / "compression.json", record)
+    run.write_json(json or out / COMPRESSION, record)
     _print(out, record)
     if read:
         kinds = {dotted(path): _layer(saved.experiment.model, path) for path in weights(original)}

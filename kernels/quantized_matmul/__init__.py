@@ -10,29 +10,49 @@ import jax.numpy as jnp
 
 from phyla.kernels.arguments import align
 from phyla.kernels.dispatch import resolve
-from phyla.kernels.quantized_matmul import reference, tpu, xla
+from phyla.kernels.quantized_matmul import gpu, reference, tpu, xla
+from phyla.kernels.quantized_matmul.codes import (
+    Codes,
+    Int2,
+    Int3,
+    Int4,
+    Int8Groups,
+    quantize_codes,
+    quantize_int2,
+    quantize_int3,
+    quantize_int4,
+)
 from phyla.kernels.quantized_matmul.formats import (
     Float8,
     Format,
-    Int4,
     Int8,
     Outliers,
     quantize_float8,
-    quantize_int4,
     quantize_int8,
     quantize_llm_int8,
     quantize_outliers,
 )
+from phyla.kernels.quantized_matmul.ggml import Ggml
+from phyla.kernels.quantized_matmul.ggml_rounding import quantize_ggml
 from phyla.kernels.quantized_matmul.nf4 import NF4, quantize_nf4
 
 __all__ = [
     "NF4",
+    "Codes",
     "Float8",
     "Format",
+    "Ggml",
+    "Int2",
+    "Int3",
     "Int4",
     "Int8",
+    "Int8Groups",
     "Outliers",
+    "quantize_codes",
     "quantize_float8",
+    "quantize_ggml",
+    "quantize_int2",
+    "quantize_int3",
     "quantize_int4",
     "quantize_int8",
     "quantize_llm_int8",
@@ -59,7 +79,9 @@ def _differentiable(how: ModuleType) -> Callable[..., jax.Array]:
     return lambda x, w, **options: multiply(x, w, tuple(sorted(options.items())))
 
 
-IMPLEMENTATIONS = {"reference": _differentiable(reference), "xla": _differentiable(xla), "tpu": _differentiable(tpu)}
+IMPLEMENTATIONS = {
+    name: _differentiable(how) for name, how in (("reference", reference), ("xla", xla), ("tpu", tpu), ("gpu", gpu))
+}
 
 
 def quantized_matmul(x: jax.Array, w: Format, *, implementation: str | None = None) -> jax.Array:
@@ -71,8 +93,8 @@ def quantized_matmul(x: jax.Array, w: Format, *, implementation: str | None = No
     Args:
         x: [..., K], float32 or bfloat16.
         w: a format for one matrix [K, N]; where leaves are stacked, scan or vmap.
-        implementation: "reference" (dequantize, then float32), "xla" (by blocks of rows), "tpu" (dequantized on chip)
-            or None, the best for the backend.
+        implementation: "reference" (dequantize, then float32), "xla" (by blocks of rows), "tpu" or "gpu"
+            (dequantized on chip) or None, the best for the backend.
 
     Returns:
         [..., N] in the dtype of x.

@@ -20,6 +20,7 @@ from phyla.compression.awq import awq
 from phyla.compression.calibrate import Columns, Moments, moments
 from phyla.compression.compress import Step, abstract, compress
 from phyla.compression.matrices import places
+from phyla.compression.quantize import Quantize
 from phyla.compression.recipes import parse
 from phyla.models import weights
 from phyla.models.errors import UserError
@@ -129,14 +130,12 @@ def test_smoothquant_moves_what_is_large_to_the_weights():
         y = by_token(x / s) @ rounded_to(w * s[:, None], 127)
         found = matmul(jnp.asarray(x, jnp.float32), made(f"smoothquant-{alpha}", w, x))
         assert np.linalg.norm(found - y) < 2e-3 * np.linalg.norm(y)
-        floored = np.maximum(largest, largest.mean())
-        s = np.where(most > 0, floored**alpha / np.maximum(most, 1e-9) ** (1 - alpha), 1)
-        scale = (floored / s).max() / 127
+        scale = np.abs(x / s).max() / 127
         y = np.round(x / s / scale) * scale @ rounded_to(w * s[:, None], 127)
         found = matmul(jnp.asarray(x, jnp.float32), made(f"smoothquant-{alpha}-tensor", w, x))
         assert np.linalg.norm(found - y) < 2e-3 * np.linalg.norm(y)
     plain = matmul(jnp.asarray(x, jnp.float32), made("w8a8-tensor", w, x))
-    assert np.linalg.norm(found - x @ w) < np.linalg.norm(plain - x @ w) / 1.5
+    assert np.linalg.norm(found - x @ w) < np.linalg.norm(plain - x @ w) / 3
 
 
 def int4(w: np.ndarray, group: int) -> np.ndarray:
@@ -170,7 +169,7 @@ def test_awq_is_the_search_of_the_paper(group):
                     best, cut[part, n] = change @ H[part, part] @ change, found
     expected = cut / s[:, None]
     given = (jnp.asarray(a, jnp.float32) for a in (w, H, size))
-    scale, held = awq(*given, "int4", group, True)
+    scale, held = awq(*given, Quantize(format="int4", group=group), True)
     np.testing.assert_allclose(scale, s, rtol=1e-4)
     found = np.asarray(materialize(Scaled(Quantized(held, ("a", "b")), 1 / scale, ("a",))), np.float64)
     wrong = np.abs(found - expected) > 1e-4
@@ -319,7 +318,7 @@ def test_a_real_encoder(tmp_path, optimised):
         ("llm-int8-0", "there must be room for an input; nearest: llm-int8-1"),
         ("smoothquant-1.5", "nearest: smoothquant-0.5"),
         ("awq-int4-g7", "a group is an even number; nearest: int4-g8"),
-        ("awq-nf4", "no method 'awq-nf4'; nearest: awq-int4"),
+        ("awq-nf4", "no method 'awq-nf4'; nearest: awq-int4-g128"),
     ],
 )
 def test_refusals(method, error):

@@ -136,6 +136,20 @@ def test_it_is_a_run_like_any_other(trained, compressed, tmp_path):
         train(load(out).experiment, out)
 
 
+@pytest.mark.slow
+def test_a_measured_policy_is_recorded_as_what_it_chose(trained, tmp_path):
+    """So that the run loads without measuring again."""
+    record = compress_run(trained, parse("budget-6@channel"), tmp_path / "out", calibration=Calibration(tokens=500))
+    done = run.read_record(tmp_path / "out")["compression"]
+    assert "budget" not in done
+    assert "int" in done
+    assert [row["recipe"] for row in record["steps"]] == [None, "budget-6@channel"]
+    held = [each for each in weights(load(tmp_path / "out").model()).values() if isinstance(each, Weight)]
+    assert sum(each.nbytes for each in held) * 8 <= 6 * sum(np.prod(each.shape) for each in held)
+    found = evaluate_run(tmp_path / "out", json=tmp_path / "evaluation.json").bits_per_byte
+    assert found == pytest.approx(record["steps"][-1]["bits_per_byte"], rel=1e-6)
+
+
 def test_methods_that_read_text_read_what_they_are_told(trained, tmp_path):
     """Another text gives other codes, and the same text the same."""
     (tmp_path / "other.txt").write_text("Pack my box with five dozen liquor jugs. " * 20)
@@ -212,7 +226,7 @@ def test_masked_tokens():
         (["int8"], "--out must be given"),
         (["--out", "new"], "name at least one method"),
         (["int9", "--out", "new"], "no method 'int9'; nearest: int8"),
-        (["int4-g63", "--out", "new"], "int4-g63: a group is an even number; nearest: int4-g64"),
+        (["int4-g63", "--out", "new"], "int4-g63: a group is a multiple of 2; nearest: int4-g64"),
         (["nf4", "int8", "--out", "new"], "int8 changes nothing in this model: every matrix is quantized already"),
         (["int8@mixer.zz", "--out", "new"], "'mixer.zz' is in no dense parameter's path; nearest: periods"),
         (["int8", "--out", "."], "exists and is not an empty folder"),
