@@ -4,13 +4,14 @@ Heads and tables of the vocabulary, whose products are the answers, keep their a
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from phyla.compression import matrices
+from phyla.compression import calibrate, matrices
 from phyla.compression.calibrate import OUTLIER, Moments, each
 from phyla.compression.quantize import Quantize, quantize, refusal
 from phyla.compression.rule import Applied, Method, Rule
@@ -26,8 +27,16 @@ Per = Literal["token", "tensor"]
 """What shares a scale of activations: a token, as it comes; or all, from the largest in a text."""
 
 
+class OfColumns(Rule):
+    """What needs no second moments."""
+
+    def measure(self, model: LanguageModel, batches: Iterable[tuple[jax.Array, jax.Array]]) -> Moments:
+        """See `Rule.measure`."""
+        return calibrate.moments(model, batches, squares=False)
+
+
 @dataclass(frozen=True, kw_only=True)
-class W8A8(Rule):
+class W8A8(OfColumns):
     """Rounds weights, with a scale for each output channel, and what they multiply."""
 
     per: Per = "token"
@@ -42,11 +51,6 @@ class W8A8(Rule):
         """See `Rule.needs_text`."""
         return self.per == "tensor"
 
-    @property
-    def needs_moments(self) -> bool:
-        """See `Rule.needs_moments`."""
-        return False
-
     def apply(self, model: LanguageModel, chosen: list[matrices.Place], moments: Moments, key: jax.Array) -> Applied:
         """See `Rule.apply`."""
         able, left = rounded_alone(model, chosen, Quantize(format="int8"))
@@ -57,7 +61,7 @@ class W8A8(Rule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LlmInt8(Rule):
+class LlmInt8(OfColumns):
     """W8A8 by token but for inputs that reach `OUTLIER` in a text, which multiply the original weights exactly.
 
     Dettmers et al. 2022 (arXiv 2208.07339), who find these inputs in each batch. Here they are found beforehand, so
@@ -84,11 +88,6 @@ class LlmInt8(Rule):
         """See `Rule.needs_text`."""
         return True
 
-    @property
-    def needs_moments(self) -> bool:
-        """See `Rule.needs_moments`."""
-        return False
-
     def apply(self, model: LanguageModel, chosen: list[matrices.Place], moments: Moments, key: jax.Array) -> Applied:
         """See `Rule.apply`."""
         able, left = rounded_alone(model, chosen, Quantize(format="int8"))
@@ -103,7 +102,7 @@ class LlmInt8(Rule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SmoothQuant(Rule):
+class SmoothQuant(OfColumns):
     """W8A8 with each input divided by s = max|x|^α / max|w|^(1-α), and its weights multiplied by it.
 
     Xiao et al. 2022 (arXiv 2211.10438, equation 4). They put 1 / s into the norm before, so that it costs nothing; here
@@ -132,11 +131,6 @@ class SmoothQuant(Rule):
     def needs_text(self) -> bool:
         """See `Rule.needs_text`."""
         return True
-
-    @property
-    def needs_moments(self) -> bool:
-        """See `Rule.needs_moments`."""
-        return False
 
     def apply(self, model: LanguageModel, chosen: list[matrices.Place], moments: Moments, key: jax.Array) -> Applied:
         """See `Rule.apply`."""

@@ -42,6 +42,7 @@ class Columns(NamedTuple):
     """The maximum of |x|; see above."""
 
 
+@jax.tree_util.register_pytree_node_class
 class Moments(dict[Path, jax.Array]):
     """By path, Σ xxᵀ over the vectors x that the matrix [..., K, N] multiplied: float32 [..., K, K]."""
 
@@ -49,6 +50,15 @@ class Moments(dict[Path, jax.Array]):
         """Holds the moments, none if no recipe needs them, and the `Columns` of the same matrices."""
         super().__init__(moments or {})
         self.columns = columns or {}
+
+    def tree_flatten(self) -> tuple[tuple[dict[Path, jax.Array], dict[Path, Columns]], None]:
+        """Of a pytree."""
+        return (dict(self), self.columns), None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, children: tuple[dict[Path, jax.Array], dict[Path, Columns]]) -> "Moments":
+        """Of a pytree."""
+        return cls(*children)
 
 
 SUMS, FIGURES = 5, len(Columns._fields)
@@ -161,11 +171,6 @@ def _taken(told: dict[Path, jax.Array]) -> Moments:
     columns = {path: Columns(*(rows[..., i, :] for i in range(FIGURES))) for path, rows in told.items()}
     squares = {path: rows[..., FIGURES:, :] for path, rows in told.items() if rows.shape[-2] > FIGURES}
     return Moments(squares, columns)
-
-
-def no_moments(model: LanguageModel, squares: bool = True) -> Moments:
-    """Of no tokens: zeros, as large as `moments`."""
-    return _taken({path: Recorded(w, squares).told[...] for path, w in _recordable(model).items()})
 
 
 def _recordable(model: LanguageModel) -> dict[Path, jax.Array]:

@@ -42,13 +42,16 @@ def weights(model: LanguageModel) -> dict[tuple[Any, ...], nnx.Param | Weight]:
     return {path: held for path, held in found.items() if not any(path[:i] in compressed for i in range(len(path)))}
 
 
-def replace(model: LanguageModel, path: tuple[Any, ...], value: nnx.Param | Weight) -> None:
+def replace(model: LanguageModel, path: tuple[Any, ...], value: nnx.Param | nnx.Module) -> None:
     """Puts another object at a path."""
     *holders, last = path
     holder: Any = model
     for name in holders:
         holder = holder[name] if isinstance(name, int) else getattr(holder, name)
-    setattr(holder, last, value)
+    if isinstance(last, int):
+        holder[last] = value
+    else:
+        setattr(holder, last, value)
 
 
 def dotted(path: tuple[Any, ...]) -> str:

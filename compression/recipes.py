@@ -7,11 +7,20 @@ directory needs no more than the names.
 
 import re
 
-from phyla.compression import activations, awq, mixed, prune, quantize, rotate
+from phyla.compression import activations, awq, depth, mixed, prune, quantize, rotate, structure
 from phyla.compression.rule import Rule
 from phyla.models.errors import choose
 
-METHODS = quantize.METHODS | awq.METHODS | activations.METHODS | rotate.METHODS | mixed.METHODS | prune.METHODS
+METHODS = (
+    quantize.METHODS
+    | awq.METHODS
+    | activations.METHODS
+    | rotate.METHODS
+    | mixed.METHODS
+    | prune.METHODS
+    | structure.METHODS
+    | depth.METHODS
+)
 """By an example of their names."""
 
 EXPLAINED = """

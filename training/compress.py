@@ -1,6 +1,7 @@
 """`phyla compress`: a run with a smaller model made of a run, and what that cost."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -14,8 +15,8 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Column, Table
 
-from phyla.compression.calibrate import Moments, moments
-from phyla.compression.compress import Step, abstract, compress
+from phyla.compression.calibrate import Moments
+from phyla.compression.compress import Measure, Step, abstract, compress, shaping
 from phyla.compression.matrices import dotted, weights
 from phyla.compression.rule import Rule
 from phyla.models.config import ModelConfig
@@ -68,7 +69,7 @@ def _nonzero(weight: nnx.Param | Weight) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """The text of the methods that read one."""
+    """The text that is read by recipes that need one."""
 
     source: str | None = None
     """As `data.source`; None: the run's own training text."""
@@ -108,48 +109,49 @@ def compress_run(
     calibration = calibration or Calibration()
     run.check_new(out)
     before = run.read_recipes(folder)
-    abstract(run.read_experiment(folder).model, (*before, *recipes))  # which refuses before anything is computed
+    abstract(run.read_experiment(folder).model, (*shaping(before), *recipes))  # refuses before anything is computed
     saved = load(folder)
     original = saved.model()
-    read: list[dict[str, dict[str, float]]] = []
+    read: list[dict[str, dict[str, Any]]] = []
 
-    def calibrate(model: LanguageModel, squares: bool) -> Moments:
-        found = _moments(saved, calibration, model, squares)
-        read.append(activations.activations(found.columns))
+    def calibrate(model: LanguageModel, measure: Measure) -> Moments:
+        found = _moments(saved, calibration, model, measure)
+        if found.columns:
+            read.append(activations.activations(found.columns, functools.partial(_layer, model.config)))
         return found
 
     steps = compress(original, recipes, calibrate)
     rows = [{"recipe": None} | dataclasses.asdict(size(original))]
     rows += [{"recipe": str(step.recipe)} | dataclasses.asdict(size(step.model)) for step in steps]
     _compare(saved, [original, *(step.model for step in steps)], rows)
+    made = steps[-1].model
     done = (*before, *(rule for step in steps for rule in step.rules))
-    experiment = dataclasses.replace(saved.experiment, base=None, recipes="")
+    experiment = dataclasses.replace(saved.experiment, model=made.config, base=None, recipes="")
     run.create(out, experiment, run.read_record(folder)["tokenizer"], compression=done)
     if saved.own_tokenizer is not None:
         saved.own_tokenizer.save(out / "tokenizer")
     with Checkpoints(out) as checkpoints:
-        checkpoints.save_params(*split(steps[-1].model)[1:], step=saved.step)
+        checkpoints.save_params(*split(made)[1:], step=saved.step)
     rows[0]["bytes_on_disk"] = _on_disk(folder, saved.step)
     rows[-1]["bytes_on_disk"] = _on_disk(out, saved.step)
     record = {
         "run": str(folder),
         "step": saved.step,
-        "calibration": dataclasses.asdict(calibration) if read else None,
+        "calibration": dataclasses.asdict(calibration) if any(each.needs_text for each in recipes) else None,
         "activations": read[0] if read else None,
         "steps": rows,
-        "coverage": _coverage(saved.experiment.model, steps),
+        "coverage": _coverage(made.config, steps),
         "parameters": _parameters(steps),
         "left": _left(steps),
     }
     run.write_json(json or out / COMPRESSION, record)
     _print(out, record)
     if read:
-        kinds = {dotted(path): _layer(saved.experiment.model, path) for path in weights(original)}
-        Console(highlight=False).print(activations.table(read[0], kinds.__getitem__))
+        Console(highlight=False).print(activations.table(read[0]))
     return record
 
 
-def _moments(saved: Saved, calibration: Calibration, model: LanguageModel, squares: bool) -> Moments:
+def _moments(saved: Saved, calibration: Calibration, model: LanguageModel, measure: Measure) -> Moments:
     """Of the rows of the text that have no padding."""
     data = saved.experiment.data
     if calibration.source is not None:
@@ -170,7 +172,7 @@ def _moments(saved: Saved, calibration: Calibration, model: LanguageModel, squar
                 yield asked.tokens, asked.segment_ids
                 task.update(i + 1)
 
-        return jax.block_until_ready(moments(model, batches(), squares))
+        return jax.block_until_ready(measure(model, batches()))
 
 
 def _compare(saved: Saved, models: list[LanguageModel], rows: list[dict[str, Any]]) -> None:
@@ -198,19 +200,20 @@ def _on_disk(folder: Path, step: int) -> int:
 
 
 def _parameters(steps: list[Step]) -> dict[str, Any]:
-    """What was done to each parameter that was changed, and the bits that it takes."""
+    """What was done to each parameter that was changed and is still there, and the bits that it takes."""
     recipes: dict[str, list[str]] = {}
     for step in steps:
         for name in step.changed:
             recipes.setdefault(name, []).append(str(step.recipe))
     bits = {dotted(path): _bits(weight) for path, weight in weights(steps[-1].model).items()}
-    return {name: {"recipes": done, "bits_per_weight": bits[name]} for name, done in recipes.items()}
+    return {name: {"recipes": done, "bits_per_weight": bits[name]} for name, done in recipes.items() if name in bits}
 
 
 def _left(steps: list[Step]) -> dict[str, str]:
     """The parameters that no step changed, and why the last one did not."""
     changed = {name for step in steps for name in step.changed}
-    return {name: why for step in steps for name, why in step.left.items() if name not in changed}
+    there = {dotted(path) for path in weights(steps[-1].model)} - changed
+    return {name: why for step in steps for name, why in step.left.items() if name in there}
 
 
 def _coverage(config: ModelConfig, steps: list[Step]) -> dict[str, dict[str, float]]:

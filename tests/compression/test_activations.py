@@ -17,8 +17,8 @@ from scipy.linalg import hadamard
 from phyla import configs
 from phyla.compression.activations import smoothing
 from phyla.compression.awq import awq
-from phyla.compression.calibrate import Columns, Moments, moments
-from phyla.compression.compress import Step, abstract, compress
+from phyla.compression.calibrate import Columns, Moments
+from phyla.compression.compress import Measure, Step, abstract, compress
 from phyla.compression.matrices import places
 from phyla.compression.quantize import Quantize
 from phyla.compression.recipes import parse
@@ -51,7 +51,7 @@ METHODS = (
 
 @functools.cache
 def steps(family: str, method: str) -> list[Step]:
-    return compress(built(family), parse(method), lambda model, squares: moments(model, batches(), squares))
+    return compress(built(family), parse(method), lambda model, measure: measure(model, batches()))
 
 
 def inputs(K: int, *, outliers: tuple[int, ...] = (), size: float = 40.0, rows: int = 300, seed: int = 0):
@@ -269,7 +269,7 @@ def test_llm_int8_recovers_an_injected_outlier():
                     linear.weight[...] = linear.weight[...].at[:, 5].divide(60.0)
     original = hidden(built("transformer"))
     np.testing.assert_allclose(hidden(model), original, atol=1e-3)
-    calibrate = lambda model, squares: moments(model, batches(), squares)  # noqa: E731
+    calibrate = lambda model, measure: measure(model, batches())  # noqa: E731
     error = {
         name: np.linalg.norm(hidden(compress(model, parse(name), calibrate)[-1].model) - original)
         for name in ("w8a8", "llm-int8-1")
@@ -293,8 +293,8 @@ def test_a_real_encoder(tmp_path, optimised):
     tokens = np.array([[*ids[:31], ids[-1]] for ids in paragraphs if len(ids) >= 32][:96], np.int32)
     seen, kept = tokens[:48], tokens[48:]
 
-    def calibrate(model: LanguageModel, squares: bool) -> Moments:
-        return moments(model, [(seen, np.ones_like(seen))], squares)
+    def calibrate(model: LanguageModel, measure: Measure) -> Moments:
+        return measure(model, [(seen, np.ones_like(seen))])
 
     embed = jax.jit(lambda model: jnp.mean(model(kept)[0], axis=1))
     original, cosine = np.asarray(embed(model)), {}

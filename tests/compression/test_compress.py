@@ -480,7 +480,7 @@ def test_methods_that_read_text(family, methods):
     """They change what others of their kind change, and the model's answers to that text less."""
     better, plain = methods
     model = built(family)
-    (step,) = compress(model, parse(better), lambda model, squares: moments(model, batches(), squares))
+    (step,) = compress(model, parse(better), lambda model, measure: measure(model, batches()))
     if plain:
         (other,) = compress(model, parse(plain))
         assert step.changed == other.changed

@@ -137,7 +137,7 @@ def test_a_budget_is_kept_and_becomes_plain_recipes():
     model = model_of("mamba")
     bits = {}
     for budget in ("budget-4", "budget-6"):
-        (step,) = compress(model, parse(budget), lambda model, squares: moments(model, text(), squares))
+        (step,) = compress(model, parse(budget), lambda model, measure: measure(model, text()))
         held = [each for each in weights(step.model).values() if isinstance(each, Quantized)]
         size = sum(np.prod(each.shape) for each in held)
         bits[budget] = 8 * sum(each.nbytes for each in held) / size
