@@ -317,8 +317,8 @@ def test_a_real_encoder(tmp_path, optimised):
         ("awq-int4@router", "router.weight stays as it is \\(it chooses the experts\\)"),
         ("llm-int8-0", "there must be room for an input; nearest: llm-int8-1"),
         ("smoothquant-1.5", "nearest: smoothquant-0.5"),
-        ("awq-int4-g7", "a group is an even number; nearest: int4-g8"),
-        ("awq-nf4", "no method 'awq-nf4'; nearest: awq-int4-g128"),
+        ("awq-int4-g7", "a group is a multiple of 2; nearest: int4-g8"),
+        ("awq-nf4", "no method 'awq-nf4'; nearest: nf4"),
     ],
 )
 def test_refusals(method, error):
