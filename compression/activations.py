@@ -4,14 +4,13 @@ Heads and tables of the vocabulary, whose products are the answers, keep their a
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from phyla.compression import calibrate, matrices
+from phyla.compression import matrices
 from phyla.compression.calibrate import OUTLIER, Moments, each
 from phyla.compression.quantize import Quantize, quantize, refusal
 from phyla.compression.rule import Applied, Method, Rule
@@ -30,9 +29,10 @@ Per = Literal["token", "tensor"]
 class OfColumns(Rule):
     """What needs no second moments."""
 
-    def measure(self, model: LanguageModel, batches: Iterable[tuple[jax.Array, jax.Array]]) -> Moments:
-        """See `Rule.measure`."""
-        return calibrate.moments(model, batches, squares=False)
+    @property
+    def needs_moments(self) -> bool:
+        """See `Rule.needs_moments`."""
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,7 +50,7 @@ def compress(
         model: the model.
         recipes: what to do.
         calibrate: reads a text with a model and with what a recipe `measure`s, for recipes that need it; by default no
-            text, after which GPTQ rounds to nearest, SparseGPT prunes by magnitude and static scales are 1.
+            text, after which GPTQ rounds to nearest, SparseGPT prunes by magnitude and activations have the scale 1.
         seed: of what recipes draw at random.
 
     Raises UserError if a recipe finds nothing that it could change.

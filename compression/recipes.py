@@ -11,16 +11,8 @@ from phyla.compression import activations, awq, depth, mixed, prune, quantize, r
 from phyla.compression.rule import Rule
 from phyla.models.errors import choose
 
-METHODS = (
-    quantize.METHODS
-    | awq.METHODS
-    | activations.METHODS
-    | rotate.METHODS
-    | mixed.METHODS
-    | prune.METHODS
-    | structure.METHODS
-    | depth.METHODS
-)
+MODULES = (quantize, mixed, awq, activations, rotate, prune, structure, depth)
+METHODS = {name: method for module in MODULES for name, method in module.METHODS.items()}
 """By an example of their names."""
 
 EXPLAINED = """

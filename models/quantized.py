@@ -37,10 +37,10 @@ class Quantized(Weight):
             own = {0: (), 1: axes[-1:], 2: axes[-2:]}[leaf.ndim - stack]
             if name == "blocks":  # of a GGUF file, where the outputs are the rows
                 own = own[::-1]
-            elif name == "scale_scales":  # by position, not by column
-                own = ("scales",)
-            elif name in ("columns", "values"):  # by outlier, not by row
-                own = ("outliers", axes[-1])[: leaf.ndim - stack]
+            # By position, not by column; by outlier, not by row.
+            own = {"scale_scales": ("scales",), "columns": ("outliers",), "values": ("outliers", axes[-1])}.get(
+                name, own
+            )
             setattr(self, name, Fixed(leaf, axes=axes[:stack] + own))
 
     @property

@@ -69,7 +69,7 @@ def _nonzero(weight: nnx.Param | Weight) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """The text that is read by recipes that need one."""
+    """The text of the methods that read one."""
 
     source: str | None = None
     """As `data.source`; None: the run's own training text."""
@@ -115,7 +115,7 @@ def compress_run(
     read: list[dict[str, dict[str, Any]]] = []
 
     def calibrate(model: LanguageModel, measure: Measure) -> Moments:
-        found = _moments(saved, calibration, model, measure)
+        found = _measured(saved, calibration, model, measure)
         if found.columns:
             read.append(activations.activations(found.columns, functools.partial(_layer, model.config)))
         return found
@@ -151,18 +151,20 @@ def compress_run(
     return record
 
 
-def _moments(saved: Saved, calibration: Calibration, model: LanguageModel, measure: Measure) -> Moments:
+def _measured(saved: Saved, calibration: Calibration, model: LanguageModel, measure: Measure) -> Moments:
     """Of the rows of the text that have no padding."""
     data = saved.experiment.data
     if calibration.source is not None:
-        data = dataclasses.replace(data, source=calibration.source)
+        # a text, also for a run of conversations
+        others = {} if data.template is None else {"template": None, "validation": None, "streaming": False}
+        data = dataclasses.replace(data, source=calibration.source, **others)
     packed = prepare(data, saved.tokenizer, "train", max_tokens=calibration.tokens)
     (full,) = np.nonzero(np.all(packed.segment_ids != 0, axis=1))
     if not len(full):
         raise UserError(f"{calibration.tokens} tokens fill no row of data.sequence_length {data.sequence_length} + 1")
     rows = min(saved.experiment.loop.batch_size, len(full))
     full = full[: len(full) // rows * rows]
-    packed = dataclasses.replace(packed, tokens=packed.tokens[full], segment_ids=packed.segment_ids[full])
+    packed = dataclasses.replace(packed, tokens=packed.tokens[full], segment_ids=packed.segment_ids[full], weights=None)
     ask = make_asker(saved.experiment, saved.tokenizer.mask_id)
     with Reporter() as reporter, reporter.task("calibrate", len(full) // rows, "batches") as task:
 

@@ -96,7 +96,7 @@ def _arrays(w: Format):
     fit_chip("quantized_matmul")
     if type(w) in (Int8, Float8):
         assert isinstance(w, Channels)
-        arrays = {"codes": (w.codes, "K H"), "scale": (jnp.broadcast_to(w.scale, (1, w.shape[-1])), "U H")}
+        arrays = {"codes": (w.codes, "K H"), "scale": (jnp.broadcast_to(w.scale, (1, w.shape[1])), "U H")}
         return arrays, {"kind": type(w).__name__.lower(), "planes": 1, "piece": None}
     if type(w) not in (Int4, NF4):
         raise Unfit(f"there is no kernel for {type(w).__name__}")

@@ -294,7 +294,7 @@ def test_a_real_encoder(tmp_path, optimised):
     seen, kept = tokens[:48], tokens[48:]
 
     def calibrate(model: LanguageModel, measure: Measure) -> Moments:
-        return measure(model, [(seen, np.ones_like(seen))])
+        return measure(model, [(jnp.asarray(seen), jnp.ones_like(seen))])
 
     embed = jax.jit(lambda model: jnp.mean(model(kept)[0], axis=1))
     original, cosine = np.asarray(embed(model)), {}
