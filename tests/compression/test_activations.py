@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,6 @@ from phyla.models.formats.source import build
 from phyla.models.language_model import LanguageModel
 from phyla.models.layers import ExpertLinear, Linear
 from phyla.models.quantized import Quantized
-from phyla.models.weights import Weight
 from phyla.models.wrapped import Rotated, Scaled, Wrapped
 from phyla.training.data.sources import austen
 from tests.compression.test_compress import batches, built, config, dense, hidden, logits, named
@@ -69,10 +69,10 @@ def read(x: np.ndarray, path: tuple, stack: tuple[int, ...] = ()) -> Moments:
     return Moments({path: widen(x.T @ x)}, {path: Columns(*map(widen, rows))})
 
 
-def made(method: str, w: np.ndarray, x: np.ndarray) -> Weight:
+def made(method: str, w: np.ndarray, x: np.ndarray) -> Any:
     """A matrix [K, N] or a stack of experts' after a chain of recipes, calibrated with x."""
     stack = w.shape[:-2]
-    holder = nnx.Module()
+    holder: Any = nnx.Module()
     axes = ("experts", "embed", "mlp")[-w.ndim :]
     holder.weight = nnx.Param(jnp.asarray(w, jnp.float32), axes=axes, matrix=True, precise="")
     for recipe in parse(method):
@@ -80,7 +80,9 @@ def made(method: str, w: np.ndarray, x: np.ndarray) -> Weight:
         seen, held = jnp.asarray(x, jnp.float32), holder.weight
         while isinstance(held, Wrapped):
             seen, held = of_input(held, seen), held.body
-        assert not recipe.apply(holder, [place], read(np.float64(seen), place.path, stack), jax.random.key(1)).left
+        assert not recipe.apply(
+            holder, [place], read(np.asarray(seen, np.float64), place.path, stack), jax.random.key(1)
+        ).left
     return holder.weight
 
 
@@ -258,7 +260,8 @@ def test_each_family(family, method):
 def test_llm_int8_recovers_an_injected_outlier():
     """One channel of a norm 60 times larger, and its weights as much smaller: the same model, for float32."""
     model = nnx.clone(built("transformer"))
-    for block in model.periods.blocks:
+    blocks: Any = model.periods.blocks
+    for block in blocks:
         for norm, linears in (
             (block.mixer_norm, [block.mixer.q, block.mixer.k, block.mixer.v]),
             (block.channel_norm, [value for _, value in nnx.iter_children(block.channel) if isinstance(value, Linear)]),
