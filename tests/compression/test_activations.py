@@ -267,6 +267,7 @@ def test_llm_int8_recovers_an_injected_outlier():
             (block.channel_norm, [value for _, value in nnx.iter_children(block.channel) if isinstance(value, Linear)]),
         ):
             norm.scale[...] = norm.scale[...].at[:, 5].multiply(60.0)
+            linear: Any
             for linear in linears:
                 if linear.weight.shape[-2] == model.config.width:
                     linear.weight[...] = linear.weight[...].at[:, 5].divide(60.0)
