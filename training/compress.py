@@ -1,6 +1,7 @@
 """`phyla compress`: a run with a smaller model made of a run, and what that cost."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -116,12 +117,12 @@ def compress_run(
     abstract(run.read_experiment(folder).model, (*shaping(before), *recipes))  # refuses before anything is computed
     saved = load(folder)
     original = saved.model()
-    read: list[dict[str, dict[str, float]]] = []
+    read: list[dict[str, dict[str, Any]]] = []
 
     def calibrate(model: LanguageModel, measure: Measure) -> Moments:
         found = _measured(saved, calibration, model, measure)
         if found.columns:
-            read.append(activations.activations(found.columns))
+            read.append(activations.activations(found.columns, functools.partial(_layer, model.config)))
         return found
 
     steps = compress(original, recipes, calibrate)
@@ -158,8 +159,7 @@ def compress_run(
     run.write_json(json or out / COMPRESSION, record)
     _print(out, record)
     if read:
-        kinds = {dotted(path): _layer(saved.experiment.model, path) for path in weights(original)}
-        Console(highlight=False).print(activations.table(read[0], kinds.__getitem__))
+        Console(highlight=False).print(activations.table(read[0]))
     return record
 
 
