@@ -26,8 +26,8 @@ def to_json(config: Any) -> Any:
 def from_json(kind: Any, data: Any, where: str = "config") -> Any:
     """The inverse of `to_json` for a value of type `kind`.
 
-    A field that is not there was not yet when it was written, and has its default. Raises UserError for an unknown field
-    or for one without a default.
+    A field that is not there did not exist when it was written, and has its default. Raises UserError for an unknown
+    field, or for one that is missing and has no default.
     """
     if isinstance(kind, types.UnionType):  # X | None
         if data is None:
