@@ -1,6 +1,6 @@
 """The language model: embeddings, blocks, a norm and a head."""
 
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,6 @@ from phyla.models.cursor import Cursor, advance, start
 from phyla.models.errors import UserError
 from phyla.models.layers import ACTIVATIONS, Embedding, Linear, build_norm
 from phyla.models.weights import constant, materialize, orthogonal, parameter, uniform
-
-if TYPE_CHECKING:
-    from phyla.models.beginnings import Beginning
 
 
 class ModelState(NamedTuple):
@@ -124,8 +121,8 @@ class LanguageModel(nnx.Module):
     Raises UserError, naming the field, where the configuration contradicts itself.
     """
 
-    beginning: Optional["Beginning"] = None
-    """What it remembers before the first token, if that is learned; None: nothing."""
+    beginning: Any = None
+    """What it remembers before the first token, if that is learned (`phyla.models.beginnings`); None: nothing."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         if config.vocab_size is None:
@@ -229,7 +226,7 @@ class LanguageModel(nnx.Module):
             raise UserError(f"{tokens.shape[1]} tokens{after} do not fit model.learned_positions {limit}")
         begin = state
         if state is None and self.beginning is not None:
-            begin = self.beginning.state(self, *tokens.shape, segment_ids)
+            begin = self.beginning.state(self, tokens.shape[0], tokens.shape[1], segment_ids)
         found = self.forward_embedded(self.embedding(tokens), begin, segment_ids, token_types)
         return found if state is not None else found._replace(state=None)
 

@@ -42,8 +42,8 @@ class Module(NamedTuple):
     name: str
     path: str
     """Of our weight."""
-    index: int | None
-    """In its stack."""
+    layer: int | None
+    """Its index in the stack."""
 
 
 def modules(layout: Format, model: ModelConfig) -> Iterator[Module]:
@@ -76,7 +76,7 @@ def export_peft(folder: Path, out: Path) -> None:
     for module in known:
         if (weight := held.get(module.path)) is None:
             continue
-        for name, array in _tensors(weight, module.index).items():
+        for name, array in _tensors(weight, module.layer).items():
             tensors[f"{PREFIX}{module.name}.{name}"] = np.ascontiguousarray(array)
         if isinstance(weight, IA3) and weight.inputs:
             fed.add(module.name.rpartition(".")[2])
@@ -137,12 +137,12 @@ def import_peft(source: Path, base: Path, out: Path) -> None:
     model = compress(saved.model(), (rule,), seed=experiment.loop.seed)[-1].model
     held = {dotted(path): each for path, each in weights(model).items() if isinstance(each, Adapter)}
     for module, prefix in found.items():
-        for name, like in _tensors(held[module.path], module.index).items():
+        for name, like in _tensors(held[module.path], module.layer).items():
             key = prefix + name
             if key not in tensors or tensors[key].shape != like.shape:
                 raise UserError(f"{source}: no {key} of shape {list(like.shape)}, in every layer")
             left.remove(key)
-            _set(held[module.path], module.index, name, tensors[key])
+            _set(held[module.path], module.layer, name, tensors[key])
     if left:
         raise UserError(f"{source}: {min(left)} has no place in {base}")
     run.create(out, experiment, run.read_record(base)["tokenizer"], compression=(*saved.recipes, rule))
