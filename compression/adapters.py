@@ -1,4 +1,4 @@
-"""Recipes that freeze a model and learn a little beside it; merged, they are gone again.
+"""Recipes that freeze a model and learn a little beside its matrices.
 
 What they are for: every matrix but heads and those that compression leaves too (`precise`), or whatever matrices and
 tables `@REGEX` finds in a path, dense or of few bits. What they learn begins such that the model's answers do not
@@ -21,11 +21,9 @@ from phyla.compression.calibrate import Moments
 from phyla.compression.rule import Applied, Method, Rule
 from phyla.models import sizes
 from phyla.models.adapted import IA3, Adapter, Bottleneck, DoRA, LoRA, PiSSA
-from phyla.models.beginnings import EncodedPrompt, LearnedState, Prompt
 from phyla.models.errors import UserError
 from phyla.models.language_model import LanguageModel
-from phyla.models.quantized import Quantized
-from phyla.models.weights import Weight, constant, freeze, materialize, parameter, unfreeze, uniform
+from phyla.models.weights import Weight, constant, freeze, materialize, parameter, uniform
 
 PART = "an adapter is on it, or it is part of one: merge it first"
 
@@ -33,8 +31,6 @@ OUTPUTS = r"mixer\.(k|v|key|value|in_proj|x_proj|z)\.weight$"
 """IA3's keys and values. A Mamba's values are half of in_proj's outputs, its keys (B) part of x_proj's."""
 INPUTS = r"channel\.(.*\.)?(down|value)\.weight$"
 """IA3's maps back from the hidden layer of a channel mixer; an RWKV's is called value."""
-BIASES = r"(^|[._])bias$|mixer\.[wav]0$"
-"""What is added to the output of a matrix, a convolution or a norm; an RWKV-7's w0, a0 and v0 to its low-rank maps."""
 
 
 class Target(NamedTuple):
@@ -246,123 +242,6 @@ class Insert(Adapt):
         return Bottleneck(target.held, down, up, jax.nn.silu if self.kind == "houlsby" else jax.nn.relu)
 
 
-@dataclass(frozen=True, kw_only=True)
-class BitFit(Rule):
-    """Only biases are trained (Ben Zaken et al. 2022, arXiv 2106.10199), or the parameters that `only` finds."""
-
-    keeps_base: ClassVar[bool] = True
-
-    @property
-    def method(self) -> str:
-        """See `Rule.method`."""
-        return "bitfit"
-
-    def apply(self, model: LanguageModel, chosen: list[matrices.Place], moments: Moments, key: jax.Array) -> Applied:
-        """See `Rule.apply`. Raises UserError if there are none."""
-        freeze(model)
-        able = {matrices.dotted(path): each for path, each in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-        found = {name: each for name, each in able.items() if re.search(self.only or BIASES, name)}
-        if not found:
-            nearest = difflib.get_close_matches(self.only or "norm.bias", able, n=1, cutoff=0.0)[0]
-            said = f"'{self.only}' is in no parameter's path" if self.only else "it has no biases"
-            raise UserError(f"{self} trains nothing in this model: {said}; nearest: bitfit@{nearest}")
-        for each in found.values():
-            each.set_metadata(trainable=True)
-        left = {place.name: "frozen" for place in chosen if place.name not in found}
-        return Applied(model, left, tuple(found))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Begin(Rule):
-    """Only what the model remembers before the first token is trained (`phyla.models.beginnings`)."""
-
-    keeps_base: ClassVar[bool] = True
-    kind: Literal["state", "prefix", "prompt", "ptuning"]
-    tokens: int = 0
-    """How many virtual tokens."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.only:
-            raise UserError(f"{self.method} is for the whole model: leave @{self.only} out")
-        if self.kind != "state" and self.tokens < 1:
-            raise UserError(f"{self.method}: there must be a virtual token; nearest: {self.kind}-1")
-
-    @property
-    def method(self) -> str:
-        """See `Rule.method`."""
-        return self.kind if self.kind == "state" else f"{self.kind}-{self.tokens}"
-
-    def apply(self, model: LanguageModel, chosen: list[matrices.Place], moments: Moments, key: jax.Array) -> Applied:
-        """See `Rule.apply`. Raises UserError for a model that remembers nothing, or not without virtual tokens."""
-        config = model.config
-        if config.bidirectional:
-            raise UserError(f"{self}: a model that sees both sides keeps no state; adapt its matrices")
-        if model.beginning is not None:
-            raise UserError(f"{self}: this model has a learned beginning already")
-        if config.learned_positions and self.tokens >= config.learned_positions:
-            raise UserError(f"{self} leaves no position of model.learned_positions {config.learned_positions}")
-        assert config.vocab_size is not None
-        freeze(model)
-        for_words, own = jax.random.split(key)
-        words = jax.random.randint(for_words, (self.tokens,), 0, config.vocab_size)
-        match self.kind:
-            case "prompt":
-                model.beginning = Prompt(model, words, PART)
-            case "ptuning":
-                model.beginning = EncodedPrompt(model, words, PART, nnx.Rngs(params=own))
-            case _:
-                model.beginning = LearnedState(model, words, PART)
-        learned = nnx.to_flat_state(nnx.state(model.beginning, nnx.Param))
-        if not learned:
-            raise UserError(f"{self}: no layer of this model has a state of its own; nearest: prefix-16")
-        left = {place.name: "frozen" for place in chosen}
-        return Applied(model, left, tuple(matrices.dotted(("beginning", *path)) for path, _ in learned))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Merge(Rule):
-    """Every adapter becomes one dense matrix with what it wraps, and nothing is frozen any more."""
-
-    @property
-    def method(self) -> str:
-        """See `Rule.method`."""
-        return "merge"
-
-    def apply(self, model: LanguageModel, chosen: list[matrices.Place], moments: Moments, key: jax.Array) -> Applied:
-        """See `Rule.apply`. Raises UserError if there is nothing to merge, or an adapter is no matrix."""
-        held = {path: each for path, each in matrices.weights(model).items() if isinstance(each, Adapter)}
-        found = {path: each for path, each in held.items() if re.search(self.only, matrices.dotted(path))}
-        if not found:
-            raise UserError(f"{self}: there is no adapter in this model" + (" at such a path" if held else ""))
-        dense = {place.path: place for place in matrices.places(sizes.abstract(model.config))}
-        rounded = 0
-        for path, each in found.items():
-            if not is_linear(each):
-                raise UserError(f"{matrices.dotted(path)} has a bottleneck, which is no matrix and cannot be merged")
-            rounded += any(isinstance(part, Quantized) for _, part in nnx.iter_modules(each))
-            like = dense[path].value.get_metadata()
-            value = of_each(lambda w: w, each)
-            kept = {name: like[name] for name in ("weight_decay", "matrix", "learning_rate", "share", "precise")}
-            axes = dense[path].axes
-            matrices.replace(
-                model, path, parameter(lambda *_, v=value: v, value.shape, axes, nnx.Rngs(params=key), **kept)
-            )
-        unfreeze(model)
-        left = {place.name: "no adapter is on it" for place in chosen}
-        note = f"{rounded} weights of few bits were made dense to be merged; round them again for less" * (rounded > 0)
-        return Applied(model, left, tuple(map(matrices.dotted, found)), note)
-
-
-def is_linear(weight: nnx.Param | Weight) -> bool:
-    """Whether a weight, with all that it wraps, stands for a matrix."""
-    while isinstance(weight, Adapter):
-        if not weight.linear:
-            return False
-        weight = weight.body
-    return True
-
-
 def _flat(held: nnx.Param | Weight) -> list[tuple[tuple, nnx.Param]]:
     return [((), held)] if isinstance(held, nnx.Param) else list(nnx.to_flat_state(nnx.state(held, nnx.Param)))
 
@@ -399,11 +278,6 @@ def _insert(kind: Literal["houlsby", "pfeiffer"], summary: str) -> dict[str, Met
     return {f"{kind}-64": Method(rf"{kind}-(\d+)", make, summary)}
 
 
-def _begin(kind: Literal["prefix", "prompt", "ptuning"], summary: str) -> dict[str, Method]:
-    make = lambda found, only: Begin(kind=kind, tokens=int(found[1]), only=only)  # noqa: E731
-    return {f"{kind}-16": Method(rf"{kind}-(\d+)", make, summary)}
-
-
 METHODS = {
     **_low_rank(
         "lora", "trains W + α/r A B beside a frozen W, of rank r; α is 8, or 16 in lora-r8-a16 (phyla finetune)"
@@ -414,11 +288,5 @@ METHODS = {
     "ia3": Method("ia3", lambda _, only: Rescale(only=only), "trains scales of keys, values and hidden layers"),
     **_insert("houlsby", "trains bottlenecks of 64 behind mixers and channel mixers"),
     **_insert("pfeiffer", "the same behind channel mixers alone"),
-    "state": Method("state", lambda _, only: Begin(kind="state", only=only), "trains the state before the first token"),
-    **_begin("prefix", "the same after 16 virtual tokens, and so many keys and values in each layer of attention"),
-    **_begin("prompt", "trains the embeddings of 16 virtual tokens before the text"),
-    **_begin("ptuning", "the same through a small network"),
-    "bitfit": Method("bitfit", lambda _, only: BitFit(only=only), "trains biases alone"),
-    "merge": Method("merge", lambda _, only: Merge(only=only), "makes one dense matrix of each adapter and its base"),
 }
 """See `phyla.compression.recipes`."""

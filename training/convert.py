@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from phyla.compression.adapters import is_linear
 from phyla.compression.matrices import dotted, weights
+from phyla.compression.merge import is_linear
 from phyla.models import formats
 from phyla.models.errors import UserError
 from phyla.models.formats import folder as folders
