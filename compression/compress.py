@@ -22,6 +22,8 @@ class Step(NamedTuple):
 
     model: LanguageModel
     recipe: Rule
+    rules: tuple[Rule, ...]
+    """What it was for this model: see `Rule.resolve`."""
     changed: tuple[str, ...]
     """Paths of parameters."""
     left: dict[str, str]
@@ -47,33 +49,48 @@ def compress(
     """
     steps = []
     for recipe, key in zip(recipes, jax.random.split(jax.random.key(seed), len(recipes)), strict=True):
-        steps.append(_apply(steps[-1].model if steps else model, recipe, calibrate, key))
+        before = steps[-1].model if steps else model
+        moments = calibrate(before) if recipe.needs_text else {}
+        steps.append(_apply(before, recipe, recipe.resolve(before, moments), moments, key))
     return steps
 
 
 def abstract(config: ModelConfig, recipes: Sequence[Rule]) -> LanguageModel:
-    """The compressed model with shapes in place of arrays; nothing is computed. Raises UserError as `compress`."""
+    """The compressed model with shapes in place of arrays; nothing is computed. Raises UserError as `compress`.
+
+    What recipes make whose names alone do not say the shapes of it is as small as it could be.
+    """
     if not recipes:
         return sizes.abstract(config)
-    return jax.eval_shape(lambda: compress(LanguageModel(config, nnx.Rngs(0)), recipes)[-1].model)
+
+    def made() -> LanguageModel:
+        model = LanguageModel(config, nnx.Rngs(0))
+        for recipe in recipes:
+            moments = no_moments(model) if recipe.needs_text else {}
+            model = _apply(model, recipe, (recipe,), moments, jax.random.key(0)).model
+        return model
+
+    return jax.eval_shape(made)
 
 
-def _apply(
-    model: LanguageModel, recipe: Rule, calibrate: Callable[[LanguageModel], Moments], key: jax.Array
-) -> Step:
-    moments = calibrate(model) if recipe.needs_text else {}
+def _apply(model: LanguageModel, recipe: Rule, rules: Sequence[Rule], moments: Moments, key: jax.Array) -> Step:
     model = nnx.clone(model)
     everything = matrices.places(model)
     left = {place.name: place.left for place in everything if not place.kind}
     free = [place for place in everything if place.kind]
-    chosen = [place for place in free if re.search(recipe.only, place.name)]
-    left |= {place.name: f"{recipe} is not for it" for place in free if place not in chosen}
-    model, of_chosen = recipe.apply(model, chosen, moments, key)
-    left |= of_chosen
-    changed = tuple(place.name for place in everything if place.name not in left)
+    left |= {place.name: f"{recipe} is not for it" for place in free if not any(rule.chooses(place) for rule in rules)}
+    done, weights = [], ()
+    for rule in rules:
+        chosen = [place for place in free if rule.chooses(place)]
+        model, of_chosen, of_weights = rule.apply(model, chosen, moments, key)
+        left |= of_chosen
+        weights += of_weights
+        if of_weights or of_chosen.keys() < {place.name for place in chosen}:
+            done.append(rule)
+    changed = (*(place.name for place in everything if place.name not in left), *weights)
     if not changed:
         raise UserError(f"{recipe} changes nothing in this model: {_reason(recipe, everything, left)}")
-    return Step(model, recipe, changed, left)
+    return Step(model, recipe, tuple(done), changed, left)
 
 
 def _reason(recipe: Rule, everything: list[matrices.Place], left: dict[str, str]) -> str:

@@ -20,7 +20,8 @@ class Place(NamedTuple):
     path: tuple[Any, ...]
     value: nnx.Param
     axes: tuple[str, ...]
-    kind: Literal["matrix", "head", "table"] | None
+    kind: Literal["matrix", "head", "table", "values"] | None
+    """`values` are the nonzero ones of a matrix, [out, kept], which multiply nothing by themselves."""
     left: str
     """Why no method may touch it, where the kind is None."""
 
@@ -36,9 +37,10 @@ def places(model: LanguageModel) -> list[Place]:
 
 
 def weights(model: LanguageModel) -> dict[tuple[Any, ...], nnx.Param | Weight]:
-    """Everything that stands for one array, by path: dense parameters and `Weight`s."""
+    """Everything that stands for one array, by path: dense parameters and `Weight`s, but not the parts of a `Weight`."""
     compressed = {path: module for path, module in nnx.iter_modules(model) if isinstance(module, Weight)}
-    return {place.path: place.value for place in places(model)} | compressed
+    found = {place.path: place.value for place in places(model)} | compressed
+    return {path: one for path, one in found.items() if not any(path[:i] in compressed for i in range(len(path)))}
 
 
 def replace(model: LanguageModel, path: tuple[Any, ...], value: nnx.Param | Weight) -> None:
@@ -59,7 +61,7 @@ def _place(path: tuple[Any, ...], variable: nnx.Param) -> Place:
     metadata = variable.get_metadata()
     axes, kind, left = metadata["axes"], None, metadata["precise"]
     if metadata["matrix"] and not left:
-        kind = "head" if axes[-1] == "vocab" else "matrix"
+        kind = "head" if axes[-1] == "vocab" else "values" if axes[-1] == "kept" else "matrix"
     elif axes == ("vocab", "embed"):
         kind = "table"
     elif not metadata["matrix"]:

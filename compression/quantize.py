@@ -113,8 +113,13 @@ def quantize(model: LanguageModel, chosen: list[matrices.Place], recipe: Quantiz
     """Rounds the chosen parameters, in place; returns those that it leaves, and why."""
     left = {}
     for place in chosen:
-        table = place.kind == "table"  # whose rows are the output channels
-        dense, axes = (place.value[...].T, place.axes[::-1]) if table else (place.value[...], place.axes)
+        turned = place.kind in ("table", "values")  # whose rows are the output channels
+        dense, axes = place.value[...], place.axes
+        if turned:
+            dense, axes = dense.swapaxes(-1, -2), (*axes[:-2], axes[-1], axes[-2])
+        if recipe.gptq and place.kind == "values":
+            left[place.name] = "packed: no text tells of its values by themselves"
+            continue
         if dense.shape[-2] < FEWEST:
             left[place.name] = f"of {dense.shape[-2]} inputs: its scales would take as much room as its codes"
             continue
@@ -122,7 +127,7 @@ def quantize(model: LanguageModel, chosen: list[matrices.Place], recipe: Quantiz
             held = round_with_feedback(dense, moments[place.path], recipe.format, recipe.group)
         else:
             held = round_to_nearest(dense, recipe.format, recipe.group)
-        matrices.replace(model, place.path, Quantized(held, axes, transposed=table))
+        matrices.replace(model, place.path, Quantized(held, axes, transposed=turned))
     return left
 
 

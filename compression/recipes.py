@@ -7,11 +7,13 @@ directory needs no more than the names.
 
 import re
 
-from phyla.compression import prune, quantize
+from phyla.compression import cluster, entropy, factorise, pack, prune, quantize
 from phyla.compression.rule import Rule
 from phyla.models.errors import choose
 
-METHODS = quantize.METHODS | prune.METHODS
+METHODS = (
+    quantize.METHODS | cluster.METHODS | prune.METHODS | pack.METHODS | factorise.METHODS | entropy.METHODS
+)
 """By an example of their names."""
 
 EXPLAINED = """

@@ -5,7 +5,7 @@ A kind of recipe is a subclass of `Rule` in a file of its own, beside what it do
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -45,6 +45,13 @@ class Rule:
         """Whether it depends on what the matrices multiply, so that a text must be read."""
         return False
 
+    def resolve(self, model: LanguageModel, moments: Moments) -> tuple["Rule", ...]:
+        """What it is for this model, as recipes by whose names alone the shapes of what they make are known.
+
+        A run is recorded as these. Raises UserError if there is nothing in the model that it is for.
+        """
+        return (self,)
+
     def apply(self, model: LanguageModel, chosen: list[matrices.Place], moments: Moments, key: jax.Array) -> "Applied":
         """Does it.
 
@@ -56,8 +63,17 @@ class Rule:
         """
         raise NotImplementedError
 
+    def chooses(self, place: matrices.Place) -> bool:
+        """Whether it is for this parameter, which any method may touch."""
+        return place.kind is not None and re.search(self.only, place.name) is not None
+
     def __str__(self) -> str:
         return f"{self.method}@{self.only}" if self.only else self.method
+
+
+def exactly(names: Iterable[str]) -> str:
+    """`Rule.only` that chooses the parameters of these names alone."""
+    return f"^({'|'.join(map(re.escape, names))})$"
 
 
 class Applied(NamedTuple):
@@ -66,6 +82,8 @@ class Applied(NamedTuple):
     model: LanguageModel
     left: dict[str, str]
     """Paths of the chosen parameters that it left as they were, and why."""
+    changed: tuple[str, ...] = ()
+    """Paths of `Weight`s that it changed; they are not among the chosen."""
 
 
 class Method(NamedTuple):

@@ -32,8 +32,8 @@ class Quantized(Weight):
         stack = len(axes) - 2
         for name, (_, leaf) in zip(self.names, leaves, strict=True):
             own = {0: (), 1: axes[-1:], 2: axes[-2:]}[leaf.ndim - stack]
-            if name == "scale_scales":  # by position, not by column
-                own = ("scales",)
+            if name in ("scale_scales", "book"):  # by position, not by column
+                own = (name,)
             setattr(self, name, Fixed(leaf, axes=axes[:stack] + own))
 
     @property

@@ -134,6 +134,13 @@ def matmul(x: jax.Array, weight: nnx.Param | Weight) -> jax.Array:
     return weight.matmul(x) if isinstance(weight, Weight) else dense_matmul(x, weight[...])
 
 
+def matmul_grouped(x: jax.Array, weight: nnx.Param | Weight, sizes: jax.Array) -> jax.Array:
+    """Of a stack [E, in, out]: x [N, in], each row times its group's matrix, [N, out]; see `grouped_matmul`."""
+    if isinstance(weight, Weight):
+        return weight.grouped_matmul(x, sizes)
+    return grouped_matmul(x, weight[...], sizes)
+
+
 def materialize(weight: nnx.Param | Weight) -> jax.Array:
     """The dense float32 matrix, or all of a stack, [..., in, out]."""
     if not isinstance(weight, Weight):

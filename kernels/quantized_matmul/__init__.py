@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from phyla.kernels.arguments import align
 from phyla.kernels.dispatch import resolve
 from phyla.kernels.quantized_matmul import reference, tpu, xla
+from phyla.kernels.quantized_matmul.codebook import Codebook
 from phyla.kernels.quantized_matmul.formats import (
     Float8,
     Format,
@@ -27,6 +28,7 @@ from phyla.kernels.quantized_matmul.nf4 import NF4, quantize_nf4
 
 __all__ = [
     "NF4",
+    "Codebook",
     "Float8",
     "Format",
     "Int4",

@@ -126,7 +126,8 @@ def _group(w: Format) -> int:
     K, _ = w.shape
     if isinstance(w, Channels):
         return K
-    assert isinstance(w, Int4 | NF4)
+    if not isinstance(w, Int4 | NF4):
+        raise Unfit(f"no kernel reads {type(w).__name__}")
     group = whole = min(w.group, K)
     if group > PIECES[0]:
         group = next((piece for piece in PIECES if group % piece == 0), group)

@@ -10,6 +10,7 @@ import numpy as np
 
 from phyla.kernels.arguments import align
 from phyla.kernels.dispatch import platform
+from phyla.kernels.quantized_matmul.codebook import Codebook
 from phyla.kernels.quantized_matmul.formats import (
     Channels,
     Format,
@@ -94,6 +95,8 @@ class _Blocks:
         w, group = self.w, self.group
         if isinstance(w, Channels):
             return jax.lax.dynamic_slice_in_dim(w.codes, start, rows), None
+        if isinstance(w, Codebook):
+            return w.cut(start, rows), None
         assert isinstance(w, Int4 | NF4)
         nibbles = unpack(jax.lax.dynamic_slice_in_dim(w.codes, start // 2, (rows + 1) // 2))[:rows]
         codes_RxN = _quantile(nibbles) if isinstance(w, NF4) else signed(nibbles)
