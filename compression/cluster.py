@@ -35,7 +35,9 @@ class Cluster(Rule):
         super().__post_init__()
         if not 2 <= self.values <= MOST or self.values & (self.values - 1):
             nearest = min((2**bits for bits in range(1, 9)), key=lambda power: abs(power - self.values))
-            raise UserError(f"{self.method}: as many as codes of whole bits have, 2 to {MOST}; nearest: kmeans-{nearest}")
+            raise UserError(
+                f"{self.method}: as many as codes of whole bits have, 2 to {MOST}; nearest: kmeans-{nearest}"
+            )
 
     @property
     def method(self) -> str:
@@ -52,7 +54,9 @@ class Cluster(Rule):
                 dense, axes = dense.swapaxes(-1, -2), (*axes[:-2], axes[-1], axes[-2])
             held = jax.eval_shape(functools.partial(cluster, values=self.values), dense)
             if held.nbytes >= dense.nbytes:
-                left[place.name] = f"of {dense.shape[-2]} × {dense.shape[-1]}: its codes and values would not be smaller"
+                left[place.name] = (
+                    f"of {dense.shape[-2]} × {dense.shape[-1]}: its codes and values would not be smaller"
+                )
             else:
                 held = cluster(dense, values=self.values)
                 matrices.replace(model, place.path, Quantized(held, axes, transposed=turned))

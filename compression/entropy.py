@@ -32,7 +32,9 @@ class Huffman(Rule):
         coded, _ = split(nnx.state(model))
         paths = nnx.to_flat_state(coded)
         if not paths:
-            raise UserError("huffman: nothing in this model has few bits, and floats are not coded; nearest: int4+huffman")
+            raise UserError(
+                "huffman: nothing in this model has few bits, and floats are not coded; nearest: int4+huffman"
+            )
         holders = {path for path in matrices.weights(model) if any(path == of[: len(path)] for of, _ in paths)}
         left = {place.name: "floats are not coded" for place in chosen}
         return Applied(model, left, changed=tuple(sorted(map(matrices.dotted, holders))))

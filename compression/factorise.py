@@ -39,7 +39,9 @@ class Factorise(Rule):
         if self.to == "rank" and self.amount < 1:
             raise UserError(f"{self.method}: the least rank is 1; nearest: {name}-r1")
         if self.to == "share" and not 0 < self.amount < 1:
-            raise UserError(f"{self.method}: more than 0 and less than 1 of the parameters can stay; nearest: {name}-0.5")
+            raise UserError(
+                f"{self.method}: more than 0 and less than 1 of the parameters can stay; nearest: {name}-0.5"
+            )
         if self.to == "energy" and not 0 < self.amount < 100:
             raise UserError(f"{self.method}: more than 0 and less than 100 % can stay; nearest: {name}-90%")
 
@@ -108,9 +110,7 @@ def _methods(name: str, weighted: bool, summary: str, unit: str) -> dict[str, Me
         f"{name}-90%": (rf"{name}-(\d+(?:\.\d+)?)%", "energy", f"the same, of the rank that keeps 90 % of {unit}"),
         f"{name}-r16": (rf"{name}-r(\d+)", "rank", "the same, of rank 16"),
     }
-    return {
-        example: Method(pattern, functools.partial(make, to), text) for example, (pattern, to, text) in by.items()
-    }
+    return {example: Method(pattern, functools.partial(make, to), text) for example, (pattern, to, text) in by.items()}
 
 
 METHODS = _methods(

@@ -5,8 +5,8 @@ it is not written: each other one comes with the number of those before it, from
 one that is written (the filler zeros of Han et al. 2016, arXiv 1510.00149, section 2). Of these forms the shortest is
 taken. Symbols and run lengths have codes of their own.
 
-All is done by numpy, a string at a time: blocks of 2,048 symbols begin at whole bytes that are known, so that all blocks
-are decoded side by side, a symbol of each at a time.
+All is done by numpy, a string at a time: blocks of 2,048 symbols begin at whole bytes that are known, so that all of
+them are decoded side by side, a symbol of each at a time.
 
 | file | |
 |---|---|
@@ -20,12 +20,15 @@ import heapq
 import json
 import math
 import os
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+
+from phyla.models.errors import UserError
 
 MAGIC = b"phyla-h1"
 LONGEST = 15
@@ -66,14 +69,12 @@ def encode(array: np.ndarray) -> tuple[Form, bytes]:
 
 
 def decode(form: Form, data: bytes, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """What `encode` was given. Raises ValueError if the streams are of another length."""
+    """What `encode` was given."""
     count = math.prod(shape) * 8 // form.bits
     values, end = decode_stream(data)
     if form.frequent is not None:
-        runs, more = decode_stream(data[end:])
-        values, end = _with(values, runs, form.frequent, count), end + more
-    if len(values) != count or end != len(data):
-        raise ValueError(f"{len(values)} symbols and {end} bytes where {count} and {len(data)} are expected")
+        runs, _ = decode_stream(data[end:])
+        values = _with(values, runs, form.frequent, count)
     if form.bits == 4:
         values = values[::2] | values[1::2] << 4
     return values.view(dtype).reshape(shape)
@@ -176,8 +177,6 @@ def decode_stream(data: bytes) -> tuple[np.ndarray, int]:
     sizes = np.frombuffer(data, "<u2", blocks, begin).astype(np.int64)
     begin += 2 * blocks
     end = begin + int(sizes.sum())
-    if end > len(data):
-        raise ValueError(f"the stream ends after {len(data)} of {end} bytes")
     order, _ = _codes(lengths)
     of_window = np.zeros(1 << LONGEST, np.uint16)  # of all that begin with a code its symbol and its length
     entries = np.repeat(order | lengths[order].astype(np.int64) << 8, 1 << LONGEST - lengths[order].astype(np.int64))
@@ -213,7 +212,8 @@ def write(path: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, Sizes]:
     for name, array in arrays.items():
         form, data = encode(array)
         header.append(
-            {"name": name, "dtype": array.dtype.name, "shape": array.shape, "bytes": len(data), **form._asdict()}
+            {"name": name, "dtype": array.dtype.name, "shape": array.shape, **form._asdict()}
+            | {"bytes": len(data), "crc32": zlib.crc32(data)}
         )
         streams.append(data)
         found[name] = Sizes(array.nbytes, len(data), entropy(array, form.bits))
@@ -226,14 +226,15 @@ def write(path: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, Sizes]:
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a file, by name. Raises ValueError if it is none, or is damaged."""
+    """The arrays of a file, by name. Raises UserError if it is none, or is damaged."""
+    found = {}
     with path.open("rb") as file:
         if file.read(8) != MAGIC:
-            raise ValueError(f"{path} is no file of Huffman codes")
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        found = {}
-        for each in header:
+            raise UserError(f"{path} is no file of Huffman codes")
+        for each in json.loads(file.read(int.from_bytes(file.read(8), "little"))):
+            data = file.read(each["bytes"])
+            if zlib.crc32(data) != each["crc32"]:
+                raise UserError(f"{path} is damaged: {each['name']} is not what was written")
             dtype = np.dtype(getattr(ml_dtypes, each["dtype"], each["dtype"]))
-            form = Form(each["bits"], each["frequent"])
-            found[each["name"]] = decode(form, file.read(each["bytes"]), dtype, tuple(each["shape"]))
+            found[each["name"]] = decode(Form(each["bits"], each["frequent"]), data, dtype, tuple(each["shape"]))
     return found

@@ -37,7 +37,7 @@ def places(model: LanguageModel) -> list[Place]:
 
 
 def weights(model: LanguageModel) -> dict[tuple[Any, ...], nnx.Param | Weight]:
-    """Everything that stands for one array, by path: dense parameters and `Weight`s, but not the parts of a `Weight`."""
+    """Everything that stands for one array, by path: dense parameters and `Weight`s, not what these are made of."""
     compressed = {path: module for path, module in nnx.iter_modules(model) if isinstance(module, Weight)}
     found = {place.path: place.value for place in places(model)} | compressed
     return {path: one for path, one in found.items() if not any(path[:i] in compressed for i in range(len(path)))}

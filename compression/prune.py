@@ -2,7 +2,6 @@
 
 import functools
 import math
-import re
 from dataclasses import dataclass
 from typing import Literal
 

@@ -11,9 +11,7 @@ from phyla.compression import cluster, entropy, factorise, pack, prune, quantize
 from phyla.compression.rule import Rule
 from phyla.models.errors import choose
 
-METHODS = (
-    quantize.METHODS | cluster.METHODS | prune.METHODS | pack.METHODS | factorise.METHODS | entropy.METHODS
-)
+METHODS = quantize.METHODS | cluster.METHODS | prune.METHODS | pack.METHODS | factorise.METHODS | entropy.METHODS
 """By an example of their names."""
 
 EXPLAINED = """

@@ -7,15 +7,20 @@ from typing import Any
 
 import grain
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 from orbax.checkpoint import checkpoint_managers
 
+from phyla.compression import entropy, huffman
+from phyla.compression.matrices import dotted
 from phyla.models.errors import UserError
 from phyla.models.formats.source import Lazy
 from phyla.training.step import TrainState
 
 METRIC = "bits_per_byte"
+CODED = "weights.huffman"
+"""In the run's folder: arrays of its checkpoint that this does not hold."""
 
 
 class Checkpoints:
@@ -32,6 +37,7 @@ class Checkpoints:
                 checkpoint_managers.BestN(get_metric_fn=lambda metrics: metrics[METRIC], reverse=True, n=1),
             ]
         )
+        self._coded = folder / CODED
         self._manager = ocp.CheckpointManager(
             (folder / "checkpoints").absolute(),
             options=ocp.CheckpointManagerOptions(
@@ -66,10 +72,16 @@ class Checkpoints:
         metrics = {METRIC: math.inf if bits_per_byte is None else bits_per_byte}
         self._manager.save(int(state.step), args=ocp.args.Composite(**items), metrics=metrics)
 
-    def save_params(self, params: nnx.State, step: int = 0) -> None:
-        """Writes parameters alone."""
+    def save_params(self, params: nnx.State, step: int = 0, *, coded: bool = False) -> dict[str, huffman.Sizes]:
+        """Writes parameters alone; if `coded`, those of few bits in Huffman codes, whose sizes are returned."""
+        found = {}
+        if coded:
+            of_bytes, params = entropy.split(params)
+            flat = nnx.to_flat_state(of_bytes)
+            found = huffman.write(self._coded, {dotted(path): np.asarray(leaf[...]) for path, leaf in flat})
         args = ocp.args.Composite(params=ocp.args.StandardSave(params))
         self._manager.save(step, args=args, metrics={METRIC: math.inf})
+        return found
 
     def restore(self, step: int, abstract: TrainState, data: grain.DatasetIterator) -> tuple[TrainState, dict]:
         """The state of a step, laid out as `abstract` says (shapes, dtypes, shardings); sets `data` to its position."""
@@ -87,11 +99,18 @@ class Checkpoints:
         whole = found["rest"] | {"params": found["params"], "ema": found.get("ema")}
         return TrainState(**whole), found["progress"]
 
-    def restore_params(self, step: int, abstract: nnx.State, *, averaged: bool) -> nnx.State:
-        """Only the parameters of a step, or their moving average."""
+    def restore_params(self, step: int, abstract: nnx.State, *, averaged: bool, coded: bool = False) -> nnx.State:
+        """Only the parameters of a step, or their moving average. `coded`: as they were saved."""
         item = "ema" if averaged else "params"
-        args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)})
-        return self._manager.restore(step, args=args)[item]
+        of_bytes, rest = entropy.split(abstract) if coded else (nnx.State({}), abstract)
+        args = ocp.args.Composite(**{item: ocp.args.StandardRestore(rest)})
+        restored = self._manager.restore(step, args=args)[item]
+        if not coded:
+            return restored
+        arrays = huffman.read(self._coded)
+        flat = nnx.to_flat_state(of_bytes)
+        found = [(path, leaf.replace(jax.device_put(arrays[dotted(path)], leaf.sharding))) for path, leaf in flat]
+        return nnx.merge_state(restored, nnx.from_flat_state(found))
 
 
 def write_params(folder: Path, params: nnx.State) -> None:

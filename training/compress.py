@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from rich.table import Column, Table
 
 from phyla.compression.calibrate import Moments, moments
 from phyla.compression.compress import Step, abstract, compress
+from phyla.compression.entropy import Huffman
+from phyla.compression.huffman import Sizes
 from phyla.compression.matrices import dotted, weights
 from phyla.compression.rule import Rule
 from phyla.models.config import ModelConfig
@@ -25,7 +27,7 @@ from phyla.models.language_model import LanguageModel
 from phyla.models.registry import LAYERS
 from phyla.models.weights import Weight, materialize
 from phyla.training import run
-from phyla.training.checkpoints import Checkpoints
+from phyla.training.checkpoints import CODED, Checkpoints
 from phyla.training.data.pipeline import prepare
 from phyla.training.divergence import divergences
 from phyla.training.progress import Reporter
@@ -105,19 +107,24 @@ def compress_run(
         raise UserError(f"{'+'.join(map(str, recipes))} reads no text: leave --calibration and --tokens out")
     calibration = calibration or Calibration()
     run.check_new(out)
-    done = (*run.read_recipes(folder), *recipes)
-    abstract(run.read_experiment(folder).model, done)  # which refuses before anything is computed
+    if any(isinstance(recipe, Huffman) for recipe in recipes[:-1]):
+        raise UserError(
+            f"{'+'.join(map(str, recipes))}: huffman is how the run is written, hence the last; leave it out"
+        )
+    before = tuple(recipe for recipe in run.read_recipes(folder) if not isinstance(recipe, Huffman))
+    abstract(run.read_experiment(folder).model, (*before, *recipes))  # which refuses before anything is computed
     saved = load(folder)
     original = saved.model()
     steps = compress(original, recipes, functools.partial(_moments, saved, calibration))
     rows = [{"recipe": None} | dataclasses.asdict(size(original))]
     rows += [{"recipe": str(step.recipe)} | dataclasses.asdict(size(step.model)) for step in steps]
     _compare(saved, [original, *(step.model for step in steps)], rows)
+    done = (*before, *(rule for step in steps for rule in step.rules))
     run.create(out, saved.experiment, run.read_record(folder)["tokenizer"], compression=done)
     if saved.own_tokenizer is not None:
         saved.own_tokenizer.save(out / "tokenizer")
     with Checkpoints(out) as checkpoints:
-        checkpoints.save_params(nnx.state(steps[-1].model), saved.step)
+        coded = checkpoints.save_params(nnx.state(steps[-1].model), saved.step, coded=isinstance(recipes[-1], Huffman))
     averaged = saved.experiment.loop.ema > 0 and not saved.recipes
     rows[0]["bytes_on_disk"] = _on_disk(folder, saved.step, "ema" if averaged else "params")
     rows[-1]["bytes_on_disk"] = _on_disk(out, saved.step, "params")
@@ -126,6 +133,7 @@ def compress_run(
         "step": saved.step,
         "calibration": dataclasses.asdict(calibration) if any(each.needs_text for each in recipes) else None,
         "steps": rows,
+        "huffman": {name: sizes._asdict() for name, sizes in coded.items()} or None,
         "coverage": _coverage(saved.experiment.model, steps),
         "parameters": _parameters(steps),
         "left": _left(steps),
@@ -178,14 +186,15 @@ def _compare(saved: Saved, models: list[LanguageModel], rows: list[dict[str, Any
 
 def _on_disk(folder: Path, step: int, item: str) -> int:
     """Of a checkpoint's parameters alone, without the optimizer's state."""
-    return sum(path.stat().st_size for path in (folder / "checkpoints" / str(step) / item).rglob("*") if path.is_file())
+    files = [*(folder / "checkpoints" / str(step) / item).rglob("*"), folder / CODED]
+    return sum(path.stat().st_size for path in files if path.is_file())
 
 
 def _parameters(steps: list[Step]) -> dict[str, Any]:
     """What was done to each parameter that was changed, and the bits that it takes."""
     recipes: dict[str, list[str]] = {}
     for step in steps:
-        for name in step.changed:
+        for name in _whole(steps, step.changed):
             recipes.setdefault(name, []).append(str(step.recipe))
     bits = {dotted(path): _bits(weight) for path, weight in weights(steps[-1].model).items()}
     return {name: {"recipes": done, "bits_per_weight": bits[name]} for name, done in recipes.items()}
@@ -193,13 +202,25 @@ def _parameters(steps: list[Step]) -> dict[str, Any]:
 
 def _left(steps: list[Step]) -> dict[str, str]:
     """The parameters that no step changed, and why the last one did not."""
-    changed = {name for step in steps for name in step.changed}
-    return {name: why for step in steps for name, why in step.left.items() if name not in changed}
+    changed = {name for step in steps for name in _whole(steps, step.changed)}
+    return {
+        name: why
+        for step in steps
+        for part, why in step.left.items()
+        for name in _whole(steps, [part])
+        if name not in changed
+    }
+
+
+def _whole(steps: list[Step], names: Iterable[str]) -> dict[str, None]:
+    """Of parameters, which may be parts of `Weight`s, what they belong to in the last model."""
+    whole = [dotted(path) for path in weights(steps[-1].model)]
+    return {each: None for name in names for each in whole if name == each or name.startswith(each + ".")}
 
 
 def _coverage(config: ModelConfig, steps: list[Step]) -> dict[str, dict[str, float]]:
     """For each kind of layer its parameters, the share of them that was changed, and the mean bits of one."""
-    changed = {name for step in steps for name in step.changed}
+    changed = {name for step in steps for name in _whole(steps, step.changed)}
     found: dict[str, dict[str, float]] = {}
     for path, weight in weights(steps[-1].model).items():
         count = math.prod(weight.shape)
@@ -270,6 +291,9 @@ def _print(out: Path, record: dict[str, Any]) -> None:
         reasons.setdefault(why, {})[short] = None
     for why, names in reasons.items():
         console.print(f"left alone: {', '.join(names)} ({why})", markup=False, soft_wrap=True)
+    if record["huffman"]:
+        raw, coded, entropy = (sum(sizes[name] for sizes in record["huffman"].values()) for name in Sizes._fields)
+        console.print(f"huffman: {raw:,} bytes of codes in {coded:,}; their entropy is {entropy:,.0f}")
     before, after = rows[0], rows[-1]
     said = f"{before['bytes_in_memory'] / after['bytes_in_memory']:.2f} times smaller in memory"
     if "bits_per_byte" in after:

@@ -9,6 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from phyla.compression import compress
+from phyla.compression.entropy import Huffman
 from phyla.compression.rule import Rule
 from phyla.models.errors import UserError
 from phyla.models.language_model import LanguageModel
@@ -85,7 +86,8 @@ def load(folder: Path) -> Saved:
     abstract = with_shardings(abstract, sharding.shardings(abstract, mesh))
     with Checkpoints(folder) as checkpoints:
         step = whole_step(checkpoints, folder)
-        params = checkpoints.restore_params(step, abstract, averaged=experiment.loop.ema > 0 and not recipes)
+        averaged, coded = experiment.loop.ema > 0 and not recipes, any(isinstance(each, Huffman) for each in recipes)
+        params = checkpoints.restore_params(step, abstract, averaged=averaged, coded=coded)
     return Saved(
         folder=folder,
         experiment=experiment,
