@@ -57,6 +57,17 @@ def parameter(
     )
 
 
+def trainable(path: tuple, variable: nnx.Variable) -> bool:
+    """A filter for `nnx.split`: the parameters that training changes, all but those that `freeze` has marked."""
+    return isinstance(variable, nnx.Param) and variable.get_metadata().get("trainable", True)
+
+
+def freeze(model: nnx.Module) -> None:
+    """Marks every parameter that the model has now as one that training leaves as it is."""
+    for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        variable.set_metadata(trainable=False)
+
+
 def normal(std: float) -> Initializer:
     """Normal with a fixed standard deviation."""
     return lambda key, shape: std * jax.random.normal(key, shape)

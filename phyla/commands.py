@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_type_hints
 
 from tyro.conf import Positional, UseAppendAction, arg
 
@@ -48,24 +48,77 @@ def train(arguments: Sequence[str]) -> None:
     loop.train(experiment, out or run.default_folder(experiment), max_steps=max_steps)
 
 
-def train_arguments(arguments: Sequence[str]) -> "tuple[Experiment, Path | None, int | None]":
+def train_arguments(arguments: Sequence[str]) -> "Training":
     """The named experiment with the fields that the arguments change, the folder and the bound on the steps."""
     name, *rest = arguments
     experiment = configs.experiment(name)
     # Its sections and the command's own options side by side; the name is what was asked for.
+    sections = [each.name for each in fields(experiment) if each.name not in ("name", "base")]
+    description = f"{_summary(name)}\n\nTrains it, or goes on if it was interrupted. Its fields and their values:"
+    return _training(experiment, sections, rest, f"phyla train {name}", description)
+
+
+FINETUNE_HELP = """\
+usage: phyla finetune RUN [RECIPE] [OPTIONS]
+
+Trains on from a run: all of its model, or only what a recipe adds to it. The new run keeps RUN's configuration but for
+what is given; `phyla finetune RUN --help` lists the options. Of a model of which most is frozen, only the rest is saved.
+
+examples:
+  phyla finetune runs/RUN --data.source "letters/*.txt" --optimizer.learning-rate 3e-4 --loop.steps 200
+  phyla finetune runs/RUN-int8 --data.source "letters/*.txt" --out runs/letters
+"""
+
+
+def finetune(arguments: Sequence[str]) -> None:
+    """`phyla finetune RUN [RECIPE]`: a new run that begins with RUN's model."""
+    if not arguments or arguments[0].startswith("-"):
+        if {"-h", "--help"} & set(arguments):
+            print(FINETUNE_HELP, end="")
+            return
+        raise UserError("name a run first (as in `phyla finetune runs/RUN`)")
+    experiment, out, max_steps = finetune_arguments(arguments)
+    use_all_cores(_sequences(experiment))
+    from phyla.training import loop, run
+
+    loop.train(experiment, out or run.default_folder(experiment), max_steps=max_steps)
+
+
+def finetune_arguments(arguments: Sequence[str]) -> "Training":
+    """What to train: the run's experiment, based on the run, with the recipe and the fields that the arguments give."""
+    from phyla.training import run
+
+    folder, *rest = arguments
+    recipes = rest.pop(0) if rest and not rest[0].startswith("-") else ""
+    before = run.read_experiment(Path(folder))
+    base = str(Path(folder))
+    experiment = replace(before, name=f"{before.name}-finetuned", base=base, recipes=recipes)
+    description = f"Trains on from {folder}. The fields of its experiment that can be changed, and their values:"
+    return _training(experiment, ["data", "optimizer", "loop", "mesh"], rest, f"phyla finetune {folder}", description)
+
+
+class Training(NamedTuple):
+    """What to train, where to, and how far."""
+
+    experiment: "Experiment"
+    out: Path | None
+    max_steps: int | None
+
+
+def _training(
+    experiment: "Experiment", sections: Sequence[str], arguments: Sequence[str], prog: str, description: str
+) -> Training:
     hints = get_type_hints(type(experiment))
-    sections = [each.name for each in fields(experiment) if each.name != "name"]
     options: list[Any] = [(each, hints[each], field(default=getattr(experiment, each))) for each in sections]
     steps_help, out_help = "Stop after this many steps, on the same schedule.", "The run's folder."
     options += [
         ("max_steps", Annotated[int | None, arg(help=steps_help)], field(default=None)),
         ("out", Annotated[Path | None, arg(help=out_help)], field(default=None)),
     ]
-    description = f"{_summary(name)}\n\nTrains it, or goes on if it was interrupted. Its fields and their values:"
     Train = make_dataclass("Train", options, kw_only=True, frozen=True, namespace={"__doc__": description})
-    chosen = parse(Train, rest, prog=f"phyla train {name}")
+    chosen = parse(Train, arguments, prog=prog)
     changed = {each: getattr(chosen, each) for each in sections}
-    return replace(experiment, **changed), chosen.out, chosen.max_steps
+    return Training(replace(experiment, **changed), chosen.out, chosen.max_steps)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import grain
 import jax
@@ -16,7 +16,7 @@ from phyla.compression import entropy, huffman
 from phyla.compression.matrices import dotted
 from phyla.models.errors import UserError
 from phyla.models.formats.source import Lazy
-from phyla.training.step import TrainState
+from phyla.training.step import NOTHING, TrainState
 
 METRIC = "bits_per_byte"
 CODED = "weights.huffman"
@@ -26,11 +26,20 @@ CODED = "weights.huffman"
 class Checkpoints:
     """The checkpoints of a run. A context: leaving it waits for the last one to be written.
 
-    Each holds `params` (the averaged ones under `ema` if the run keeps an average), `rest` of the training state,
-    `data` (the iterator's position) and `progress` (seconds trained and the like).
+    Each holds `params`, what was trained (the averaged ones under `ema` if the run keeps an average), `frozen`, what of
+    the model was not (unless another run has it), `rest` of the training state, `data` (the iterator's position) and
+    `progress` (seconds trained and the like).
     """
 
-    def __init__(self, folder: Path, keep: int = 1):
+    def __init__(self, folder: Path, keep: int = 1, *, frozen: bool = True):
+        """Of a folder.
+
+        Args:
+            folder: the run's.
+            keep: how many of the latest stay.
+            frozen: whether what of the model is frozen, if anything, is saved.
+        """
+        self._frozen = frozen
         policies = checkpoint_managers.AnyPreservationPolicy(
             [
                 checkpoint_managers.LatestN(keep),
@@ -60,57 +69,83 @@ class Checkpoints:
 
     def save(self, state: TrainState, data: grain.DatasetIterator, progress: dict, bits_per_byte: float | None) -> None:
         """Starts to write the state at its step; returns when the state may be donated."""
-        rest = state._replace(params=None, ema=None)._asdict()
         items = {
             "params": ocp.args.StandardSave(state.params),
-            "rest": ocp.args.StandardSave(rest),
+            "rest": ocp.args.StandardSave(_rest(state)),
             "data": ocp.args.JsonSave(data.get_state()),
             "progress": ocp.args.JsonSave(progress),
         }
         if state.ema is not None:
             items["ema"] = ocp.args.StandardSave(state.ema)
+        if self._frozen and state.frozen[0]:
+            items["frozen"] = ocp.args.StandardSave(state.frozen[0])
         metrics = {METRIC: math.inf if bits_per_byte is None else bits_per_byte}
         self._manager.save(int(state.step), args=ocp.args.Composite(**items), metrics=metrics)
 
-    def save_params(self, params: nnx.State, step: int = 0, *, coded: bool = False) -> dict[str, huffman.Sizes]:
-        """Writes parameters alone; if `coded`, those of few bits in Huffman codes, whose sizes are returned."""
+    def save_params(
+        self, params: nnx.State, frozen: nnx.State | None = None, step: int = 0, *, coded: bool = False
+    ) -> dict[str, huffman.Sizes]:
+        """Writes a model alone: what could be trained of it, and what could not.
+
+        `coded`: what has few bits, which is frozen, in Huffman codes; their sizes are returned.
+        """
         found = {}
-        if coded:
-            of_bytes, params = entropy.split(params)
+        if frozen and coded:
+            of_bytes, frozen = entropy.split(frozen)
             flat = nnx.to_flat_state(of_bytes)
             found = huffman.write(self._coded, {dotted(path): np.asarray(leaf[...]) for path, leaf in flat})
-        args = ocp.args.Composite(params=ocp.args.StandardSave(params))
-        self._manager.save(step, args=args, metrics={METRIC: math.inf})
+        items = {"params": ocp.args.StandardSave(params)}
+        if frozen:
+            items["frozen"] = ocp.args.StandardSave(frozen)
+        self._manager.save(step, args=ocp.args.Composite(**items), metrics={METRIC: math.inf})
         return found
 
     def restore(self, step: int, abstract: TrainState, data: grain.DatasetIterator) -> tuple[TrainState, dict]:
-        """The state of a step, laid out as `abstract` says (shapes, dtypes, shardings); sets `data` to its position."""
-        rest = abstract._replace(params=None, ema=None)._asdict()
+        """The state of a step, laid out as `abstract` says (shapes, dtypes, shardings); sets `data` to its position.
+
+        What is frozen of the objective is not restored, nor what is frozen of the model if that was not saved.
+        """
         items = {
             "params": ocp.args.StandardRestore(abstract.params),
-            "rest": ocp.args.StandardRestore(rest),
+            "rest": ocp.args.StandardRestore(_rest(abstract)),
             "data": ocp.args.JsonRestore(),
             "progress": ocp.args.JsonRestore(),
         }
         if abstract.ema is not None:
             items["ema"] = ocp.args.StandardRestore(abstract.ema)
+        if self._frozen and abstract.frozen[0]:
+            items["frozen"] = ocp.args.StandardRestore(abstract.frozen[0])
         found = self._manager.restore(step, args=ocp.args.Composite(**items))
         data.set_state(found["data"])
         whole = found["rest"] | {"params": found["params"], "ema": found.get("ema")}
+        whole["frozen"] = found.get("frozen", NOTHING), NOTHING
         return TrainState(**whole), found["progress"]
 
-    def restore_params(self, step: int, abstract: nnx.State, *, averaged: bool, coded: bool = False) -> nnx.State:
-        """Only the parameters of a step, or their moving average. `coded`: as they were saved."""
-        item = "ema" if averaged else "params"
-        of_bytes, rest = entropy.split(abstract) if coded else (nnx.State({}), abstract)
-        args = ocp.args.Composite(**{item: ocp.args.StandardRestore(rest)})
-        restored = self._manager.restore(step, args=args)[item]
-        if not coded:
-            return restored
+    def has(self, step: int, item: str) -> bool:
+        """Whether a step has an item."""
+        coded = item == "frozen" and self._coded.exists()
+        return coded or item in self._manager.metadata(step).item_metadata
+
+    def restore_params(self, step: int, abstract: nnx.State, item: Literal["params", "ema", "frozen"]) -> nnx.State:
+        """One item of a step alone."""
+        if item == "frozen" and self._coded.exists():
+            return self._restore_coded(step, abstract)
+        args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)})
+        return self._manager.restore(step, args=args)[item]
+
+    def _restore_coded(self, step: int, abstract: nnx.State) -> nnx.State:
+        of_bytes, rest = entropy.split(abstract)
+        if rest:
+            args = ocp.args.Composite(frozen=ocp.args.StandardRestore(rest))
+            rest = self._manager.restore(step, args=args)["frozen"]
         arrays = huffman.read(self._coded)
         flat = nnx.to_flat_state(of_bytes)
         found = [(path, leaf.replace(jax.device_put(arrays[dotted(path)], leaf.sharding))) for path, leaf in flat]
-        return nnx.merge_state(restored, nnx.from_flat_state(found))
+        return nnx.merge_state(rest, nnx.from_flat_state(found))
+
+
+def _rest(state: TrainState) -> dict[str, Any]:
+    return state._replace(params=None, ema=None, frozen=None)._asdict()
 
 
 def write_params(folder: Path, params: nnx.State) -> None:

@@ -32,6 +32,7 @@ from phyla.training.data.pipeline import prepare
 from phyla.training.divergence import divergences
 from phyla.training.progress import Reporter
 from phyla.training.saved import Saved, load, make_asker
+from phyla.training.step import split
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,20 +121,21 @@ def compress_run(
     rows += [{"recipe": str(step.recipe)} | dataclasses.asdict(size(step.model)) for step in steps]
     _compare(saved, [original, *(step.model for step in steps)], rows)
     done = (*before, *(rule for step in steps for rule in step.rules))
-    run.create(out, saved.experiment, run.read_record(folder)["tokenizer"], compression=done)
+    experiment = dataclasses.replace(saved.experiment, base=None, recipes="")
+    run.create(out, experiment, run.read_record(folder)["tokenizer"], compression=done)
     if saved.own_tokenizer is not None:
         saved.own_tokenizer.save(out / "tokenizer")
     with Checkpoints(out) as checkpoints:
-        coded = checkpoints.save_params(nnx.state(steps[-1].model), saved.step, coded=isinstance(recipes[-1], Huffman))
-    averaged = saved.experiment.loop.ema > 0 and not saved.recipes
-    rows[0]["bytes_on_disk"] = _on_disk(folder, saved.step, "ema" if averaged else "params")
-    rows[-1]["bytes_on_disk"] = _on_disk(out, saved.step, "params")
+        coded = isinstance(recipes[-1], Huffman)
+        sizes = checkpoints.save_params(*split(steps[-1].model)[1:], step=saved.step, coded=coded)
+    rows[0]["bytes_on_disk"] = _on_disk(folder, saved.step)
+    rows[-1]["bytes_on_disk"] = _on_disk(out, saved.step)
     record = {
         "run": str(folder),
         "step": saved.step,
         "calibration": dataclasses.asdict(calibration) if any(each.needs_text for each in recipes) else None,
         "steps": rows,
-        "huffman": {name: sizes._asdict() for name, sizes in coded.items()} or None,
+        "huffman": {name: each._asdict() for name, each in sizes.items()} or None,
         "coverage": _coverage(saved.experiment.model, steps),
         "parameters": _parameters(steps),
         "left": _left(steps),
@@ -184,9 +186,11 @@ def _compare(saved: Saved, models: list[LanguageModel], rows: list[dict[str, Any
         row |= each._asdict()
 
 
-def _on_disk(folder: Path, step: int, item: str) -> int:
-    """Of a checkpoint's parameters alone, without the optimizer's state."""
-    files = [*(folder / "checkpoints" / str(step) / item).rglob("*"), folder / CODED]
+def _on_disk(folder: Path, step: int) -> int:
+    """Of a checkpoint's model alone, without the optimizer's state."""
+    items = folder / "checkpoints" / str(step)
+    parts = [items / ("ema" if (items / "ema").exists() else "params"), items / "frozen"]
+    files = [*(path for part in parts for path in part.rglob("*")), folder / CODED]
     return sum(path.stat().st_size for path in files if path.is_file())
 
 

@@ -115,6 +115,10 @@ class Experiment:
     name: str
     """Of the experiment."""
     model: ModelConfig
+    base: str | None = None
+    """Folder of the run whose model training starts from; None: a new model."""
+    recipes: str = ""
+    """What is done to the model before it is trained: names chained with + (`phyla compress --list`)."""
     objective: Literal["next-token", "masked-token"] = "next-token"
     """What is predicted: each next token, or hidden ones from both sides (for encoders)."""
     data: DataConfig = field(default_factory=DataConfig)

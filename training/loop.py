@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 
 from phyla.models import sizes
 from phyla.models.errors import Diverged, UserError
-from phyla.models.language_model import LanguageModel
 from phyla.training import machine, run, sharding
 from phyla.training.checkpoints import Checkpoints, with_shardings
 from phyla.training.config import Experiment
@@ -25,7 +24,8 @@ from phyla.training.log import Log
 from phyla.training.optimizer import make_optimizer
 from phyla.training.progress import Reporter
 from phyla.training.saved import make_objective
-from phyla.training.step import Metrics, compile_step, initial_state, make_step
+from phyla.training.start import start
+from phyla.training.step import NOTHING, Metrics, TrainState, compile_step, initial_state, make_step, split
 
 SUMMARY = "summary.json"
 
@@ -53,9 +53,11 @@ def train(
     if max_steps is not None and max_steps < 1:
         raise UserError(f"--max-steps must be at least 1, not {max_steps}")
     mesh = sharding.make_mesh(experiment.mesh, config.batch_size // config.microbatches)
-    tokenizer = make_tokenizer(experiment.data)
+    begins = start(experiment)
+    tokenizer = make_tokenizer(experiment.data) if begins.base is None else begins.base.tokenizer
     experiment = run.with_vocabulary(experiment, tokenizer)
-    graphdef, abstract_params = nnx.split(sizes.abstract(experiment.model))
+    begins = begins._replace(experiment=experiment)
+    graphdef, abstract_params, abstract_frozen = split(begins.abstract())
     validation = prepare(experiment.data, tokenizer, "validation")
     glance = prepare(experiment.data, tokenizer, "validation", config.eval_tokens) if config.eval_tokens else validation
     data = train_iterator(
@@ -68,24 +70,24 @@ def train(
     )
 
     # From here on the run exists.
-    run.create(folder, experiment, tokenizer.fingerprint())
+    run.create(folder, experiment, tokenizer.fingerprint(), compression=begins.recipes)
     if (folder / SUMMARY).exists():
         return json.loads((folder / SUMMARY).read_text())
     tokenizer.save(folder / "tokenizer")
     objective = make_objective(experiment, tokenizer.mask_id)
-    optimizer = make_optimizer(experiment.optimizer, config.steps, abstract_params)
+    _, own, own_frozen = split(objective)
+    optimizer = make_optimizer(experiment.optimizer, config.steps, (abstract_params, own))
 
-    def init() -> Any:
-        params = nnx.state(LanguageModel(experiment.model, nnx.Rngs(config.seed)))
-        return initial_state(params, optimizer, config)
+    def init(params: nnx.State, own: nnx.State) -> TrainState:
+        return initial_state(params, optimizer, config, own)
 
-    abstract = jax.eval_shape(init)
+    abstract = jax.eval_shape(init, abstract_params, own)._replace(frozen=(abstract_frozen, own_frozen))
     layout = sharding.shardings(abstract, mesh)
     last = min(config.steps, max_steps or config.steps)
 
     with (
         contextlib.nullcontext(reporter) if reporter else Reporter() as reporter,
-        Checkpoints(folder, config.keep) as checkpoints,
+        Checkpoints(folder, config.keep, frozen=not begins.derived) as checkpoints,
         reporter.task(experiment.name, last, "steps") as task,
         stop_requests() as stop,
     ):
@@ -95,9 +97,14 @@ def train(
             return None
         if begin:
             state, progress = checkpoints.restore(begin, with_shardings(abstract, layout), data)
+            frozen = begins.make(layout.params, layout.frozen[0])[1] if begins.derived else state.frozen[0]
             reporter.note(f"{experiment.name}: continues {folder} from step {begin:,}")
         else:
-            state, progress = jax.jit(init, out_shardings=layout)(), {"tokens": 0, "seconds": 0.0}
+            params, frozen = begins.make(layout.params, layout.frozen[0])
+            empty = layout._replace(frozen=(NOTHING, NOTHING))
+            state = jax.jit(init, donate_argnums=0, out_shardings=empty)(params, own)
+            progress = {"tokens": 0, "seconds": 0.0}
+        state = state._replace(frozen=(frozen, jax.device_put(own_frozen, layout.frozen[1])))
 
         task.update(begin, "compiling")
         step = make_step(graphdef, objective, optimizer, config)
@@ -117,7 +124,7 @@ def train(
 
         def validate(number: int, text: Packed) -> Score:
             task.update(number, f"validating on {text.num_tokens:,} tokens")
-            params = state.params if state.ema is None else state.ema
+            params = nnx.merge_state(state.params if state.ema is None else state.ema, state.frozen[0])
             result = score(sums, params, text, config.batch_size, mesh)
             log.validation(number, result.bits_per_byte, result.nats_per_token, whole=text is validation)
             reporter.note(f"{experiment.name} step {number:,}: {result.bits_per_byte:.4f} bits per byte on validation")

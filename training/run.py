@@ -67,14 +67,19 @@ def git_sha() -> str | None:
 def create(folder: Path, experiment: Experiment, fingerprint: dict | None, *, compression: Sequence[Rule] = ()) -> None:
     """Writes config.json; if there is one, it must be of the same experiment, on whatever mesh.
 
+    `compression` is all that was done to the model, before this run too.
+
     Raises UserError, naming the first field that differs, if the folder holds another experiment, or a compressed run.
     """
-    path = folder / "config.json"
+    path, done = folder / "config.json", "+".join(map(str, compression)) or None
     if path.exists():
-        if recipes := read_recipes(folder):
-            done = "+".join(map(str, recipes))
-            raise UserError(f"{folder} holds a run compressed by {done}, which is not trained on; choose another --out")
-        before = identity(json.loads(path.read_text())["experiment"])
+        record = json.loads(path.read_text())
+        if record["compression"] != done:
+            raise UserError(
+                f"{folder} holds a run compressed by {record['compression']}, which is not trained on in place; "
+                f"phyla finetune {folder} makes a new one of it"
+            )
+        before = identity(record["experiment"])
         now = identity(to_json(experiment))
         for name in sorted(before.keys() | now.keys()):
             if before.get(name) != now.get(name):
@@ -89,7 +94,7 @@ def create(folder: Path, experiment: Experiment, fingerprint: dict | None, *, co
         "git": git_sha(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "tokenizer": fingerprint,
-        "compression": "+".join(map(str, compression)) or None,
+        "compression": done,
     }
     write_json(path, record)
 
@@ -120,7 +125,7 @@ def read_experiment(folder: Path) -> Experiment:
 
 def read_recipes(folder: Path) -> tuple[Rule, ...]:
     """By which a run's model was compressed; none: as it was trained."""
-    done = read_record(folder).get("compression")
+    done = read_record(folder)["compression"]
     return parse(done) if done else ()
 
 

@@ -9,10 +9,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from phyla.compression import compress
-from phyla.compression.entropy import Huffman
+from phyla.compression.recipes import parse
 from phyla.compression.rule import Rule
 from phyla.models.errors import UserError
 from phyla.models.language_model import LanguageModel
+from phyla.models.weights import trainable
 from phyla.training import run, sharding
 from phyla.training.checkpoints import Checkpoints, whole_step, with_shardings
 from phyla.training.config import Experiment, MeshConfig
@@ -33,7 +34,7 @@ class Saved:
     mesh: Mesh
     step: int
     recipes: tuple[Rule, ...] = ()
-    """By which it was compressed."""
+    """All that was done to its model besides training."""
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -82,12 +83,18 @@ def load(folder: Path) -> Saved:
         check_match(fingerprint, tokenizer.fingerprint())
     mesh = sharding.make_mesh(MeshConfig(data=1), batch=1)
     recipes = run.read_recipes(folder)
-    graphdef, abstract = nnx.split(compress.abstract(experiment.model, recipes))
-    abstract = with_shardings(abstract, sharding.shardings(abstract, mesh))
+    model = compress.abstract(experiment.model, recipes)
+    graphdef, *abstract = nnx.split(model, trainable, ...)
+    params, frozen = (with_shardings(each, sharding.shardings(each, mesh)) for each in abstract)
     with Checkpoints(folder) as checkpoints:
         step = whole_step(checkpoints, folder)
-        averaged, coded = experiment.loop.ema > 0 and not recipes, any(isinstance(each, Huffman) for each in recipes)
-        params = checkpoints.restore_params(step, abstract, averaged=averaged, coded=coded)
+        item = "ema" if checkpoints.has(step, "ema") else "params"
+        params = checkpoints.restore_params(step, params, item)
+        if checkpoints.has(step, "frozen"):
+            frozen = checkpoints.restore_params(step, frozen, "frozen")
+        elif frozen:
+            frozen = _frozen_of_base(experiment)
+        params = nnx.merge_state(params, frozen)
     return Saved(
         folder=folder,
         experiment=experiment,
@@ -98,3 +105,12 @@ def load(folder: Path) -> Saved:
         step=step,
         recipes=recipes,
     )
+
+
+def _frozen_of_base(experiment: Experiment) -> nnx.State:
+    """What a run did not train, and has not saved, because the run that it began with has it."""
+    assert experiment.base is not None
+    model = load(Path(experiment.base)).model()
+    own = parse(experiment.recipes) if experiment.recipes else ()
+    after = compress.compress(model, own, seed=experiment.loop.seed)[-1].model if own else model
+    return nnx.split(after, trainable, ...)[2]

@@ -1,0 +1,74 @@
+"""What training starts from: a new model, or that of another run; with recipes applied to it."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+
+from phyla.compression.compress import abstract, compress
+from phyla.compression.entropy import Huffman
+from phyla.compression.recipes import parse
+from phyla.compression.rule import Rule
+from phyla.models.errors import UserError
+from phyla.models.language_model import LanguageModel
+from phyla.training.config import Experiment
+from phyla.training.saved import Saved, load
+from phyla.training.step import split
+
+
+class Start(NamedTuple):
+    """A model that is not made yet."""
+
+    experiment: Experiment
+    base: Saved | None
+    own: tuple[Rule, ...]
+    """What is done to it before it is trained."""
+
+    @property
+    def recipes(self) -> tuple[Rule, ...]:
+        """All that was done to it, in the base already or here."""
+        return (*(() if self.base is None else self.base.recipes), *self.own)
+
+    @property
+    def derived(self) -> bool:
+        """Whether what is frozen of it is in the base, and need not be saved again."""
+        return self.base is not None and all(rule.keeps_base for rule in self.own)
+
+    def abstract(self) -> LanguageModel:
+        """With shapes in place of arrays."""
+        return abstract(self.experiment.model, self.recipes)
+
+    def make(self, params: nnx.State, frozen: nnx.State) -> tuple[nnx.State, nnx.State]:
+        """What is trained of it, and what is frozen, laid out as the given shardings say."""
+        config, seed = self.experiment.model, self.experiment.loop.seed
+
+        def new() -> tuple[nnx.State, nnx.State]:
+            return split(self._prepared(LanguageModel(config, nnx.Rngs(seed))))[1:]
+
+        if self.base is None:
+            return jax.jit(new, out_shardings=(params, frozen))()
+        return jax.device_put(split(self._prepared(self.base.model()))[1:], (params, frozen))
+
+    def _prepared(self, model: LanguageModel) -> LanguageModel:
+        return compress(model, self.own, seed=self.experiment.loop.seed)[-1].model if self.own else model
+
+
+def start(experiment: Experiment) -> Start:
+    """Of an experiment.
+
+    Raises UserError if the base is not a run or has another model, or a recipe cannot be applied before training.
+    """
+    own = parse(experiment.recipes) if experiment.recipes else ()
+    for rule in own:
+        if isinstance(rule, Huffman):
+            raise UserError(f"{rule} is how a run is written by phyla compress: leave it out")
+        if rule.needs_text or rule.reshapes:
+            why = "reads text" if rule.needs_text else "makes another model"
+            raise UserError(f"{rule} {why}: make a run of it first, with phyla compress, and train on from that")
+    if experiment.base is None:
+        return Start(experiment, None, own)
+    base = load(Path(experiment.base))
+    if base.experiment.model != experiment.model:
+        raise UserError(f"{experiment.base} has another model than this experiment")
+    return Start(experiment, base, own)
