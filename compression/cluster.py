@@ -6,6 +6,7 @@ between the least weight and the greatest.
 
 import functools
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -23,6 +24,8 @@ from phyla.models.quantized import Quantized
 ROUNDS = 100
 """At most; it ends when no mean changes."""
 MOST = 256
+BLOCK = 32
+"""Of the sorted weights, whose sum is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,30 +96,47 @@ def cluster(w: jax.Array, values: int) -> Codebook:
 def kmeans(w: jax.Array, values: int) -> tuple[jax.Array, jax.Array]:
     """The means, increasing from the first that is not for zeros, and the number of the nearest to each element of w.
 
-    A mean that is nearest to none stays where it is.
+    A mean that is nearest to none stays where it is. What a mean is nearest to lies together once the weights are
+    sorted, so that a round needs no more than their sums between two places.
     """
-    used = w != 0
-    zeros = ~jnp.all(used)
-    least, most = jnp.min(jnp.where(used, w, jnp.inf)), jnp.max(jnp.where(used, w, -jnp.inf))
-    least, most = (jnp.where(jnp.any(used), edge, 0) for edge in (least, most))
+    used = jnp.sum(w != 0)
+    zeros = used < w.size
+    sorted_ = jnp.sort(jnp.where(w == 0, jnp.inf, w).ravel())
+    least, most = jnp.where(used > 0, sorted_[0], 0), jnp.where(used > 0, sorted_[used - 1], 0)
     # If there are zeros, the first mean is theirs: out of the way of the others until the end.
-    steps = (jnp.arange(values) - zeros) / (values - 1 - zeros)
+    steps = (jnp.arange(values) - zeros) / jnp.maximum(values - 1 - zeros, 1)
     means = jnp.where(steps < 0, -jnp.inf, least + (most - least) * steps)
-
-    def nearest(means: jax.Array) -> jax.Array:
-        found = jnp.searchsorted((means[1:] + means[:-1]) / 2, w).astype(jnp.uint8)
-        return jnp.where(used, found, 0)
+    between = _sums(jnp.where(jnp.isfinite(sorted_), sorted_, 0))
 
     def better(found: tuple) -> tuple:
-        means, codes, _, rounds = found
-        count, total = _sums(codes, jnp.ones_like(w)), _sums(codes, w)
-        moved = jnp.where((count > 0) & jnp.isfinite(means), total / jnp.maximum(count, 1), means)
-        return moved, nearest(moved), jnp.any(moved != means), rounds + 1
+        means, _, rounds = found
+        ends = jnp.searchsorted(sorted_, _middles(means), side="right")
+        ends = jnp.concatenate([jnp.zeros(1, ends.dtype), ends, used.astype(ends.dtype)[None]])
+        count = jnp.diff(ends)
+        moved = jnp.where(count > 0, between(ends) / jnp.maximum(count, 1), means)
+        return moved, jnp.any(moved != means), rounds + 1
 
-    def _sums(codes: jax.Array, of: jax.Array) -> jax.Array:
-        """By row first: sums of many numbers one by one are not exact in float32."""
-        return jax.vmap(lambda codes, of: jnp.zeros(values).at[codes].add(of))(codes, of).sum(0)
-
-    start = means, nearest(means), jnp.bool(True), 0
-    means, codes, *_ = jax.lax.while_loop(lambda found: found[2] & (found[3] < ROUNDS), better, start)
+    means, *_ = jax.lax.while_loop(lambda found: found[1] & (found[2] < ROUNDS), better, (means, jnp.bool(True), 0))
+    codes = jnp.where(w == 0, 0, jnp.searchsorted(_middles(means), w)).astype(jnp.uint8)
     return jnp.where(jnp.isfinite(means), means, 0), codes
+
+
+def _middles(means: jax.Array) -> jax.Array:
+    return (means[1:] + means[:-1]) / 2
+
+
+def _sums(of: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    """A function of places in an array: its sums from each to the next, from sums of blocks and in them.
+
+    The difference of two sums of all before would lose what the few outermost weights add to it.
+    """
+    of_BxS = jnp.pad(of, (0, -of.size % BLOCK)).reshape(-1, BLOCK)
+    whole_B = of_BxS.sum(1)
+    inside = (jnp.cumsum(of_BxS, axis=1) - of_BxS).ravel()
+
+    def between(ends: jax.Array) -> jax.Array:
+        block, number = ends // BLOCK, jnp.arange(len(whole_B))
+        covered = (block[:-1, None] <= number) & (number < block[1:, None])
+        return jnp.where(covered, whole_B, 0).sum(1) + jnp.diff(inside.at[ends].get(mode="fill", fill_value=0))
+
+    return between
