@@ -54,4 +54,5 @@ def split(params: nnx.State) -> tuple[nnx.State, nnx.State]:
     def coded(_: Any, variable: nnx.Variable) -> bool:
         return variable.dtype.itemsize == 1
 
-    return nnx.split_state(params, coded, ...)
+    of_bytes, others = nnx.split_state(params, coded, ...)
+    return of_bytes, others

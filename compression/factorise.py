@@ -1,6 +1,5 @@
 """Matrices become products of two of low rank, where that makes them smaller. Heads and tables are left alone."""
 
-import functools
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -8,7 +7,6 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from phyla.compression import matrices
 from phyla.compression.calibrate import Moments, each
@@ -93,24 +91,26 @@ class Factorise(Rule):
             else:
                 down, up = factors(place.value[...], moments.get(place.path), rank)
                 *stack, rows, columns = place.axes
-                of_down, of_up = (
-                    place.value.get_metadata() | {"axes": (*stack, *axes)}
-                    for axes in ((rows, "rank"), ("rank", columns))
+                held = LowRank(
+                    matrices.part(place.value, down, (*stack, rows, "rank")),
+                    matrices.part(place.value, up, (*stack, "rank", columns)),
                 )
-                matrices.replace(model, place.path, LowRank(nnx.Param(down, **of_down), nnx.Param(up, **of_up)))
+                matrices.replace(model, place.path, held)
         return Applied(model, left)
 
 
 def _methods(name: str, weighted: bool, summary: str, unit: str) -> dict[str, Method]:
-    def make(to: Literal["share", "energy", "rank"], found: re.Match, only: str) -> Factorise:
-        return Factorise(to=to, amount=float(found[1]), weighted=weighted, only=only)
+    def method(pattern: str, to: Literal["share", "energy", "rank"], summary: str) -> Method:
+        def make(found: re.Match, only: str) -> Factorise:
+            return Factorise(to=to, amount=float(found[1]), weighted=weighted, only=only)
 
-    by = {
-        f"{name}-0.5": (rf"{name}-(\d*\.?\d+)", "share", f"{summary} with 0.5 (or any other share) of its parameters"),
-        f"{name}-90%": (rf"{name}-(\d+(?:\.\d+)?)%", "energy", f"the same, of the rank that keeps 90 % of {unit}"),
-        f"{name}-r16": (rf"{name}-r(\d+)", "rank", "the same, of rank 16"),
+        return Method(f"{name}-{pattern}", make, summary)
+
+    return {
+        f"{name}-0.5": method(r"(\d*\.?\d+)", "share", f"{summary} with 0.5 (or any other share) of its parameters"),
+        f"{name}-90%": method(r"(\d+(?:\.\d+)?)%", "energy", f"the same, of the rank that keeps 90 % of {unit}"),
+        f"{name}-r16": method(r"r(\d+)", "rank", "the same, of rank 16"),
     }
-    return {example: Method(pattern, functools.partial(make, to), text) for example, (pattern, to, text) in by.items()}
 
 
 METHODS = _methods(

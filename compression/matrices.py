@@ -8,6 +8,7 @@ embeddings. So do matrices that say why (`precise`): routers, gates, Mamba's dt_
 
 from typing import Any, Literal, NamedTuple
 
+import jax
 from flax import nnx
 
 from phyla.models.language_model import LanguageModel
@@ -50,6 +51,12 @@ def replace(model: LanguageModel, path: tuple[Any, ...], value: nnx.Param | Weig
     for name in holders:
         holder = holder[name] if isinstance(name, int) else getattr(holder, name)
     setattr(holder, last, value)
+
+
+def part(of: nnx.Param, value: jax.Array, axes: tuple[str, ...]) -> nnx.Param:
+    """A parameter that comes of another, with what that one says of itself but for its axes."""
+    metadata: dict[str, Any] = of.get_metadata() | {"axes": axes}
+    return nnx.Param(value, **metadata)
 
 
 def dotted(path: tuple[Any, ...]) -> str:

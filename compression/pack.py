@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from phyla.compression import matrices
 from phyla.compression.calibrate import Moments, each
@@ -74,8 +73,8 @@ class Pack(Rule):
                 one = functools.partial(pack_groups, keep=self.keep, group=self.group)
                 values, places = jax.jit(functools.partial(each, one))(place.value[...])
                 *stack, _, columns = place.axes
-                metadata = place.value.get_metadata() | {"axes": (*stack, columns, "kept")}
-                held = Packed(nnx.Param(values, **metadata), places, place.axes, K, self.keep, self.group)
+                kept = matrices.part(place.value, values, (*stack, columns, "kept"))
+                held = Packed(kept, places, place.axes, K, self.keep, self.group)
                 matrices.replace(model, place.path, held)
         return Applied(model, left)
 

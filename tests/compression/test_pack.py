@@ -103,7 +103,7 @@ def test_refusals():
         compress(built("transformer"), parse("pack-2:4"))
     for chain, error in {
         "pack-4:4": "nearest: pack-3:4",
-        "pack-15:16": "of 32 inputs: 15 of 16 and 4 bits for each are not less",
+        "pack-15:16": "inputs: 15 of 16 and 4 bits for each are not less",
         "pack-2:4+pack-2:4": "packed already",
         "pack-2:4@embedding": "hence not packed",
     }.items():
