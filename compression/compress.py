@@ -98,7 +98,7 @@ def _reason(recipe: Rule, everything: list[matrices.Place], left: dict[str, str]
         return "every matrix is quantized already (prune before you quantize)"
     found = [place for place in everything if re.search(recipe.only, place.name)]
     if found:
-        first = min(found, key=lambda place: place.kind != "matrix")  # what most methods are for, if there is one
+        first = min(found, key=lambda place: place.kind not in ("matrix", "values"))  # all methods are for these
         return f"{first.name} stays as it is ({left[first.name]})"
     free = [place.name for place in everything if place.kind]
     nearest = difflib.get_close_matches(recipe.only, free, n=1, cutoff=0.0)[0]
