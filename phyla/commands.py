@@ -62,7 +62,8 @@ FINETUNE_HELP = """\
 usage: phyla finetune RUN [RECIPE] [OPTIONS]
 
 Trains on from a run: all of its model, or only what a recipe adds to it. The new run keeps RUN's configuration but for
-what is given; `phyla finetune RUN --help` lists the options. Of a model of which most is frozen, only the rest is saved.
+the options that are given; `phyla finetune RUN --help` lists them. What a recipe froze stays in RUN and is not saved
+again.
 
 examples:
   phyla finetune runs/RUN --data.source "letters/*.txt" --optimizer.learning-rate 3e-4 --loop.steps 200
@@ -131,6 +132,7 @@ class Compare:
       phyla compare
       phyla compare transformer mamba --seeds 3
       phyla compare --budget-minutes 8 --parameters 2000000
+      phyla compare --compress int8 nf4 gptq-int4
     """
 
     names: Annotated[tuple[str, ...], Positional, arg(metavar="[NAME ...]")] = configs.SMALL
@@ -143,6 +145,8 @@ class Compare:
     """Training tokens of each run; None: as many as the first experiment says."""
     budget_minutes: float | None = None
     """Instead of tokens: minutes of training for all runs together, on this machine."""
+    compress: tuple[str, ...] = ()
+    """Recipes (`phyla compress --list`): each makes a smaller model of every architecture's first run."""
     out: Path | None = None
     """Folder of the report and the runs; None: runs/compare, with the names if any were given."""
     json: Path | None = None
@@ -163,6 +167,7 @@ def compare(arguments: Sequence[str]) -> None:
         seeds=options.seeds,
         tokens=options.tokens,
         budget_minutes=options.budget_minutes,
+        compress=options.compress,
         json=options.json,
     )
 
@@ -408,8 +413,9 @@ class Bench:
     """Architectures, for models; none: all."""
     peers: Path | None = None
     """For models: a Python that has torch, transformers and mambapy, whose models are timed in turn with ours."""
-    target: Literal["v5e", "v5p", "v6e", "tpu7x", "cpu"] | None = None
-    """For kernels: a chip to compile for, or cpu to time them there; None: what is here, or v5e."""
+    target: Literal["v5e", "v5p", "v6e", "tpu7x", "h100", "cpu"] | None = None
+    """For kernels: a chip to compile for, or cpu to time them there; None: what is here, or v5e. h100 needs the extra
+    gpu."""
     op: UseAppendAction[tuple[str, ...]] = ()
     """For kernels: one op (repeatable); none: all."""
     rounds: int = 15

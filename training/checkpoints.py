@@ -124,7 +124,8 @@ class Checkpoints:
     def has(self, step: int, item: str) -> bool:
         """Whether a step has an item."""
         coded = item == "frozen" and self._coded.exists()
-        return coded or item in self._manager.metadata(step).item_metadata
+        found = self._manager.metadata(step).item_metadata
+        return coded or (found is not None and item in found)
 
     def restore_params(self, step: int, abstract: nnx.State, item: Literal["params", "ema", "frozen"]) -> nnx.State:
         """One item of a step alone."""

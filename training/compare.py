@@ -2,6 +2,7 @@
 
     plan.json               what is compared, and how
     NAME-seedN/             the runs
+    NAME-seed0-RECIPE/      the first of them compressed
     baselines.json          what n-grams and xz make of the same text
     results.jsonl           every measured figure
     report.html, report.md, *.png
@@ -12,6 +13,8 @@ Each piece is made once: an interrupted comparison continues where it was.
 import dataclasses
 import datetime
 import importlib.metadata
+import re
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from json import dumps, loads
@@ -21,10 +24,13 @@ from typing import Any
 import jax
 from rich.console import Console
 
+from phyla.compression.compress import abstract
+from phyla.compression.recipes import parse
 from phyla.models import sizes
 from phyla.models.errors import UserError
 from phyla.training import run, sharding
 from phyla.training.baselines import baselines
+from phyla.training.compress import COMPRESSION, compress_run
 from phyla.training.config import Experiment
 from phyla.training.data.sources import documents
 from phyla.training.data.tokenizers import encode_prompt, make_tokenizer
@@ -52,6 +58,7 @@ def compare(
     seeds: int,
     tokens: int | None,
     budget_minutes: float | None,
+    compress: Sequence[str] = (),
     json: Path | None = None,
 ) -> None:
     """Compares architectures into a folder, or continues what is there.
@@ -63,6 +70,8 @@ def compare(
         seeds: runs of each.
         tokens: trained on in each run; None: the first experiment's.
         budget_minutes: instead of `tokens`: minutes of training of the whole comparison on this machine.
+        compress: recipes (`phyla compress --list`), each applied to the first seed of every architecture; a finished
+            comparison can be given more of them.
         json: where plan and results also go, as one file.
 
     Raises UserError, before anything is trained, if the experiments or the folder do not fit.
@@ -73,7 +82,11 @@ def compare(
         raise UserError("--tokens and --budget-minutes exclude each other")
     if budget_minutes is not None and not budget_minutes > 0:
         raise UserError(f"--budget-minutes must be positive, not {budget_minutes}")
+    recipes = {name: parse(name) for name in compress}
     experiments = _equal(experiments, parameters)
+    for experiment in experiments:
+        for each in recipes.values():
+            abstract(experiment.model, each)  # which refuses what changes nothing, before anything is trained
     asked = {"parameters": parameters, "seeds": seeds, "tokens": tokens, "budget_minutes": budget_minutes}
     path = out / "plan.json"
     with Reporter() as reporter:
@@ -85,13 +98,15 @@ def compare(
                 raise UserError(f"{out} is not empty and holds no comparison; choose another --out")
             tokens = tokens or _tokens_in(budget_minutes, experiments, seeds, out, reporter)
             plan = _plan(experiments, asked, tokens, out)
-            run.write_json(path, plan)
+        plan["compress"] = [*plan["compress"], *(name for name in recipes if name not in plan["compress"])]
+        run.write_json(path, plan)
 
         runs = [(experiment, seed) for seed in range(seeds) for experiment in experiments]
         jobs: list[tuple[str, Callable[[], object]]] = [
             ("baselines", lambda: _baselines(experiments[0], out)),
             *((f"train {e.name}", lambda e=e, s=s: _train(e, s, plan, out, reporter)) for e, s in runs),
             *((f"measure {e.name}", lambda e=e: _measure(e, out)) for e in experiments),
+            *((f"{r}, {e.name}", lambda e=e, r=r: _compress(e, r, out)) for e in experiments for r in plan["compress"]),
         ]
         with reporter.task("compare", len(jobs), "jobs") as task:
             for i, (name, job) in enumerate(jobs):
@@ -122,6 +137,7 @@ def read_results(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         speed = out / f"{name}-seed0" / "speed.json"
         if speed.exists():
             records.append({"kind": "speed", "name": name, **loads(speed.read_text())})
+        records += _compressed_records(out, name, plan["compress"])
     return plan, records
 
 
@@ -132,6 +148,22 @@ def write_results(out: Path) -> None:
     temporary.write_text("".join(dumps(record) + "\n" for record in records))
     temporary.replace(out / "results.jsonl")
     write_report(out, plan, records)
+
+
+def _compressed_records(out: Path, name: str, recipes: Sequence[str]) -> list[dict[str, Any]]:
+    """The model as it was trained, and by each recipe that has been applied to it."""
+    records: list[dict[str, Any]] = []
+    for recipe in recipes:
+        path = _compressed_folder(out, name, recipe) / COMPRESSION
+        if path.exists():
+            first, *_, last = loads(path.read_text())["steps"]
+            rows = [last | {"recipe": recipe}] if records else [first, last | {"recipe": recipe}]
+            records += [{"kind": "compressed", "name": name} | row for row in rows]
+    return records
+
+
+def _compressed_folder(out: Path, name: str, recipe: str) -> Path:
+    return out / f"{name}-seed0-{re.sub(r'[^A-Za-z0-9._+-]', '_', recipe)}"
 
 
 def _run_record(folder: Path, name: str, seed: int) -> dict[str, Any]:
@@ -199,6 +231,7 @@ def _plan(experiments: list[Experiment], asked: dict[str, Any], tokens: int, out
         "python": ".".join(map(str, sys.version_info[:3])),
         "command": " ".join(["phyla compare", *names, *options, f"--out {out}"]),
         "date": datetime.date.today().isoformat(),
+        "compress": [],
     }
 
 
@@ -255,3 +288,13 @@ def _measure(experiment: Experiment, out: Path) -> None:
     text = saved.tokenizer.decode(until_end(tokens, saved.tokenizer.eos_id))
     run.write_json(folder / "sample.json", {"prompt": PROMPT, "sample": text})
     run.write_json(folder / "speed.json", measure(saved))
+
+
+def _compress(experiment: Experiment, recipe: str, out: Path) -> None:
+    """Of the first seed's run; one that was interrupted is made again."""
+    folder = _compressed_folder(out, experiment.name, recipe)
+    if (folder / COMPRESSION).exists():
+        return
+    if folder.exists():
+        shutil.rmtree(folder)
+    compress_run(out / f"{experiment.name}-seed0", parse(recipe), folder)

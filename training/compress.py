@@ -35,6 +35,9 @@ from phyla.training.saved import Saved, load, make_asker
 from phyla.training.step import split
 
 
+COMPRESSION = "compression.json"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Size:
     """Of a model: everything is counted, norms and embeddings too."""
@@ -140,7 +143,7 @@ def compress_run(
         "parameters": _parameters(steps),
         "left": _left(steps),
     }
-    run.write_json(json or out / "compression.json", record)
+    run.write_json(json or out / COMPRESSION, record)
     _print(out, record)
     return record
 

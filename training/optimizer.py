@@ -26,7 +26,7 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([ramp, rest], [warmup])
 
 
-def make_optimizer(config: OptimizerConfig, steps: int, params: nnx.State) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, steps: int, params: Any) -> optax.GradientTransformation:
     """Clipping by global norm, then the optimizer with decoupled weight decay, for `params`' structure and metadata.
 
     A parameter's metadata say whether it decays, whether it is a matrix (for Muon) and what multiplies its
@@ -57,7 +57,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, params: nnx.State) -> op
     )
 
 
-def metadata(params: nnx.State, name: str) -> Any:
+def metadata(params: Any, name: str) -> Any:
     """One metadata entry of every parameter, as a tree."""
     return _map_variables(lambda variable: variable.get_metadata()[name], params)
 
@@ -66,7 +66,7 @@ def _map_variables(function: Any, tree: Any) -> Any:
     return jax.tree.map(function, tree, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 
-def _muon_dimensions(params: nnx.State) -> Any:
+def _muon_dimensions(params: Any) -> Any:
     """Matrices are (…, in, out); None leaves the parameter to AdamW."""
 
     def dimensions(variable: nnx.Variable) -> optax.contrib.MuonDimensionNumbers | None:

@@ -140,6 +140,49 @@ def state(speeds: Mapping[str, dict], names: Sequence[str]) -> bytes:
     return _png(figure)
 
 
+def pareto(points: Mapping[str, Sequence[dict]]) -> bytes:
+    """Validation bits per byte of each architecture's versions against bytes (above) and decoding speed (below).
+
+    A version is a filled marker as it was trained and an open one compressed, with its recipe beside it; the dashed
+    line is the front: no version is both better and smaller, or both better and faster, than one on it.
+    """
+    figure, panels = _figure(2, 3.8)
+    kinds = (("bytes_in_memory", "weights in memory, bytes", "B", 1), ("decode", "decode, tokens/s", "", -1))
+    for axes, (key, label, unit, sign) in zip(panels, kinds, strict=True):
+        _dress(axes, label, "validation bits per byte")
+        axes.set_xscale("log")
+        everything, labels = [], []
+        for name, (colour, marker) in styles(list(points)).items():
+            of_one = [each for each in points[name] if math.isfinite(each.get(key, math.nan))]
+            for each in of_one:
+                face = "white" if each["recipe"] else colour
+                x, y = each[key], each["bits_per_byte"]
+                axes.plot(x, y, marker, markersize=7, markerfacecolor=face, markeredgecolor=colour)
+                if each["recipe"]:
+                    style = {"fontsize": FONT - 4, "color": _text(colour), "textcoords": "offset points"}
+                    axes.annotate(each["recipe"], (x, y), xytext=(5, 3), **style)
+            everything += [(sign * each[key], each["bits_per_byte"]) for each in of_one]
+            if of_one:
+                labels.append((of_one[0]["bits_per_byte"], name, colour))
+        best = front(everything)
+        axes.plot([abs(x) for x, _ in best], [y for _, y in best], color=SOFT, linewidth=1, linestyle=(0, (5, 4)))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _, unit=unit: human(value, unit)))
+        axes.margins(x=0.12, y=0.1)
+        _name(axes, labels)
+    return _png(figure)
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those of which no other is at most as large in both numbers, by the first."""
+    found: list[tuple[float, float]] = []
+    for x, y in sorted(points):
+        if not found or y < found[-1][1]:
+            found.append((x, y))
+    return found
+
+
 def _against_context(axes: Axes, speeds: Mapping[str, dict], names: Sequence[str], key: str, label: str) -> Labels:
     _dress(axes, "context, tokens", label)
     axes.set_xscale("log", base=2)

@@ -30,6 +30,8 @@ class Results:
     runs: dict[str, list[dict]]
     speeds: dict[str, dict]
     baselines: dict[str, float]
+    compressed: dict[str, list[dict]]
+    """Of the first seed of each architecture: as it was trained (recipe None), then by recipe."""
 
     def field(self, name: str, key: str) -> list[float]:
         """One value for each finished seed; NaN where it was not measured or is not finite."""
@@ -61,20 +63,24 @@ def collect(plan: dict, records: Sequence[dict]) -> Results:
     Raises ValueError for a record of an unknown kind, or of an architecture that the plan does not have.
     """
     runs: dict[str, dict[int, dict]] = {name: {} for name in plan["architectures"]}
-    speeds, baselines = {}, {}
+    speeds, baselines, compressed = {}, {}, {}
     for record in records:
         kind, name = record["kind"], record["name"]
-        if kind not in ("run", "speed", "baseline"):
-            raise ValueError(f"a record of '{name}' has the kind '{kind}', which is none of run, speed, baseline")
+        if kind not in ("run", "speed", "baseline", "compressed"):
+            kinds = "run, speed, baseline, compressed"
+            raise ValueError(f"a record of '{name}' has the kind '{kind}', which is none of {kinds}")
         if kind != "baseline" and name not in runs:
             raise ValueError(f"a {kind} record is of '{name}', which is not in the plan: {', '.join(runs)}")
         if kind == "run":
             runs[name][record["seed"]] = record
         elif kind == "speed":
             speeds[name] = record
+        elif kind == "compressed":
+            compressed.setdefault(name, {})[record["recipe"]] = record
         else:
             baselines[name] = record["bits_per_byte"]
-    return Results({name: [seeds[i] for i in sorted(seeds)] for name, seeds in runs.items()}, speeds, baselines)
+    in_order = {name: [seeds[i] for i in sorted(seeds)] for name, seeds in runs.items()}
+    return Results(in_order, speeds, baselines, {name: list(each.values()) for name, each in compressed.items()})
 
 
 def verdict(plan: dict, results: Results) -> str:
@@ -213,6 +219,7 @@ def content(plan: dict, results: Results) -> list[Block]:
         ("Learning curves", _learning_curves(results, several)),
         ("Bits per byte", _bits_per_byte(results, several)),
         ("Speed and state", _speed(results)),
+        *([("Compressed", _compressed(results))] if plan.get("compress") else []),
     ):
         blocks += [Heading(heading), *(found or [Paragraph("Not measured yet.")])]
     blocks.append(Heading("Generated text"))
@@ -256,6 +263,45 @@ def _speed(results: Results) -> list[Block]:
             "state", state, "What one sequence must keep to go on: KV cache or recurrent state; both axes logarithmic."
         ),
     ]
+
+
+def compressed_table(results: Results) -> Table:
+    """A row for each architecture and recipe; the smallest loss of each recipe is marked."""
+    rows, best = [], set()
+    lowest: dict[str | None, tuple[float, int]] = {}
+    for name, versions in results.compressed.items():
+        before = versions[0]
+        for each in versions:
+            bits = each["bits_per_byte"]
+            if bits < lowest.get(each["recipe"], (math.inf, 0))[0]:
+                lowest[each["recipe"]] = bits, len(rows)
+            rows.append(
+                (
+                    name,
+                    each["recipe"] or "as trained",
+                    f"{bits:.3f}",
+                    f"{bits / before['bits_per_byte'] - 1:+.2%}" if each is not before else "",
+                    f"{each['agreement']:.1%}",
+                    f"{each['bits_per_weight']:.2f}",
+                    human(each["bytes_in_memory"], "B"),
+                    human(each.get("bytes_on_disk", math.nan), "B"),
+                    human(each.get("decode", math.nan)),
+                )
+            )
+    if len(results.compressed) > 1:
+        best = {(row, 2) for _, row in lowest.values()}
+    head = ("architecture", "recipe", "bits per byte", "change", "same top token", "bits per weight", "in memory")
+    return Table((*head, "on disk", "decode tokens/s"), rows, frozenset(best))
+
+
+def _compressed(results: Results) -> list[Block]:
+    if not results.compressed:
+        return []
+    caption = (
+        "Validation bits per byte of the first seed of each architecture, as trained (filled) and compressed (open), "
+        "against the bytes of its weights and against decoding speed; the dashed line is the Pareto front."
+    )
+    return [compressed_table(results), Plot("compressed", plots.pareto(results.compressed), caption)]
 
 
 def _notes(plan: dict, results: Results) -> list[str]:

@@ -13,12 +13,12 @@ from phyla.compression.recipes import parse
 from phyla.compression.rule import Rule
 from phyla.models.errors import UserError
 from phyla.models.language_model import LanguageModel
-from phyla.models.weights import trainable
 from phyla.training import run, sharding
 from phyla.training.checkpoints import Checkpoints, whole_step, with_shardings
 from phyla.training.config import Experiment, MeshConfig
 from phyla.training.data.tokenizers import Tokenizer, check_match, load_tokenizer
 from phyla.training.objectives import Asker, Objective, hidden_tokens, masked_token, next_token, next_tokens
+from phyla.training.step import split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ def load(folder: Path) -> Saved:
     mesh = sharding.make_mesh(MeshConfig(data=1), batch=1)
     recipes = run.read_recipes(folder)
     model = compress.abstract(experiment.model, recipes)
-    graphdef, *abstract = nnx.split(model, trainable, ...)
+    graphdef, *abstract = split(model)
     params, frozen = (with_shardings(each, sharding.shardings(each, mesh)) for each in abstract)
     with Checkpoints(folder) as checkpoints:
         step = whole_step(checkpoints, folder)
@@ -113,4 +113,4 @@ def _frozen_of_base(experiment: Experiment) -> nnx.State:
     model = load(Path(experiment.base)).model()
     own = parse(experiment.recipes) if experiment.recipes else ()
     after = compress.compress(model, own, seed=experiment.loop.seed)[-1].model if own else model
-    return nnx.split(after, trainable, ...)[2]
+    return split(after)[2]

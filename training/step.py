@@ -1,7 +1,7 @@
 """One training step, pure: (state, batch) -> (state, metrics)."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,8 @@ def split(module: Any) -> tuple[Any, nnx.State, nnx.State]:
     """
     if not isinstance(module, nnx.Module):
         return module, NOTHING, NOTHING
-    return nnx.split(module, trainable, ...)
+    graphdef, trained, frozen = nnx.split(module, trainable, ...)
+    return graphdef, trained, frozen
 
 
 def initial_state(
@@ -127,7 +128,7 @@ def make_step(
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
 
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, learned)
-        params, own = optax.apply_updates(learned, updates)
+        params, own = cast(Learned, optax.apply_updates(learned, updates))
         ema = state.ema
         if ema is not None:
             ema = jax.tree.map(lambda old, new: config.ema * old + (1 - config.ema) * new, ema, params)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from phyla.kernels.arguments import align
 from phyla.kernels.dispatch import resolve
-from phyla.kernels.quantized_matmul import reference, tpu, xla
+from phyla.kernels.quantized_matmul import gpu, reference, tpu, xla
 from phyla.kernels.quantized_matmul.codebook import Codebook
 from phyla.kernels.quantized_matmul.formats import (
     Float8,
@@ -61,7 +61,9 @@ def _differentiable(how: ModuleType) -> Callable[..., jax.Array]:
     return lambda x, w, **options: multiply(x, w, tuple(sorted(options.items())))
 
 
-IMPLEMENTATIONS = {"reference": _differentiable(reference), "xla": _differentiable(xla), "tpu": _differentiable(tpu)}
+IMPLEMENTATIONS = {
+    name: _differentiable(how) for name, how in (("reference", reference), ("xla", xla), ("tpu", tpu), ("gpu", gpu))
+}
 
 
 def quantized_matmul(x: jax.Array, w: Format, *, implementation: str | None = None) -> jax.Array:
@@ -73,8 +75,8 @@ def quantized_matmul(x: jax.Array, w: Format, *, implementation: str | None = No
     Args:
         x: [..., K], float32 or bfloat16.
         w: a format for one matrix [K, N]; where leaves are stacked, scan or vmap.
-        implementation: "reference" (dequantize, then float32), "xla" (by blocks of rows), "tpu" (dequantized on chip)
-            or None, the best for the backend.
+        implementation: "reference" (dequantize, then float32), "xla" (by blocks of rows), "tpu" or "gpu"
+            (dequantized on chip) or None, the best for the backend.
 
     Returns:
         [..., N] in the dtype of x.

@@ -1,5 +1,8 @@
 """Kernels for GPUs lower for chips that are not here; their interpreter finds what the suite of the ops relies on."""
 
+import dataclasses
+import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -10,6 +13,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from phyla.kernels import gpu
+from phyla.kernels import quantized_matmul as ops
 from phyla.kernels.dispatch import Unfit
 from phyla.kernels.mlstm import mlstm
 from phyla.kernels.selective_scan import selective_scan
@@ -96,7 +100,83 @@ def test_forward_and_backward_lower(name, chip, dtype):
             problem.lower(chip, dtype)
 
 
+FORMATS = {
+    "int8": ops.quantize_int8,
+    "dynamic int8": functools.partial(ops.quantize_int8, dynamic=True),
+    "float8": ops.quantize_float8,
+    "int4": ops.quantize_int4,
+    "int4 with zeros": functools.partial(ops.quantize_int4, group=32, symmetric=False),
+    "nf4": ops.quantize_nf4,
+}
+
+
+def lower_matmul(chip, name, M, dtype):
+    """Forward and backward at 4096 × 14336."""
+    K, N = 4096, 14336
+    w = jax.eval_shape(FORMATS[name], jax.ShapeDtypeStruct((K, N), jnp.float32))
+    x, g = (jax.ShapeDtypeStruct((M, size), dtype) for size in (K, N))
+
+    def call(x, w, g):
+        y, pullback = jax.vjp(lambda x: ops.quantized_matmul(x, w, implementation="gpu"), x)
+        return y, *pullback(g)
+
+    with jax.sharding.use_abstract_mesh(gpu.lowering_mesh(chip)):
+        return jax.jit(call).trace(x, w, g).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "M", "dtype"),
+    [
+        ("int8", 8, "float32"),
+        ("dynamic int8", 512, "bfloat16"),
+        ("int4 with zeros", 512, "bfloat16"),
+        ("nf4", 8, "bfloat16"),
+    ]
+    + [
+        pytest.param(name, M, dtype, marks=pytest.mark.slow)
+        for name in FORMATS
+        for M in (1, 512)
+        for dtype in ("float32", "bfloat16")
+    ],
+)
+def test_quantized_matmul_lowers(name, M, dtype):
+    """The two products and nothing that has the size of the dense matrix."""
+    program = lower_matmul("h100", name, M, dtype)
+    assert program.count("custom_call @mosaic_gpu") == 2
+    assert not re.search(r"tensor<4096x14336x(f32|bf16)>", program)
+
+
+def test_experts_lower():
+    """Rows by their own of several matrices, few and many, as a mixture's experts have them."""
+    w = jax.eval_shape(jax.vmap(ops.quantize_nf4), jax.ShapeDtypeStruct((4, 256, 512), jnp.float32))
+    for M in (1, 100):
+        x = jax.ShapeDtypeStruct((4, M, 256), jnp.bfloat16)
+        with jax.sharding.use_abstract_mesh(gpu.lowering_mesh("h100")):
+            lowered = jax.jit(jax.vmap(ops.quantized_matmul)).trace(x, w).lower(lowering_platforms=("cuda",))
+        assert lowered.as_text().count("custom_call @mosaic_gpu") == 1
+
+
+@pytest.mark.parametrize("chip", ["a100", "b200"])
+def test_quantized_matmul_is_for_hopper(chip):
+    with pytest.raises(Unfit, match="compute capability"):
+        lower_matmul(chip, "nf4", 8, "bfloat16")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Other(ops.Int8):
+    """A format that no kernel knows."""
+
+
 def test_what_does_not_fit_says_why():
+    known = ops.quantize_int8(jnp.ones((8, 8)))
+    other = Other(codes=known.codes, scale=known.scale)
+    with pytest.raises(Unfit, match="no kernel for Other"):
+        ops.quantized_matmul(jnp.ones((1, 8)), other, implementation="gpu")
+    w = ops.quantize_int4(jnp.ones((96, 8)), group=48)
+    with pytest.raises(Unfit, match="96 rows in groups of 48"):
+        ops.quantized_matmul(jnp.ones((1, 96)), w, implementation="gpu")
+
     x, A, B = jnp.ones((1, 4, 8)), -jnp.ones((8, 33)), jnp.ones((1, 4, 33))
     with pytest.raises(Unfit, match="N is 33"):
         selective_scan(x, x, A, B, B, jnp.ones(8), implementation="gpu")

@@ -20,7 +20,7 @@ from phyla.training import targets
 # JAX writes programs for absent chips to its cache, and cannot read them.
 pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
 
-IMPLEMENTATIONS = ("reference", "xla", "tpu")
+IMPLEMENTATIONS = ("reference", "xla", "tpu", "gpu")
 COLUMNS = np.array([3, 40, 1000], np.int32)  # the last is padding
 QUANTIZE = {
     "int8": ops.quantize_int8,
@@ -153,6 +153,43 @@ def test_tpu_kernels(quantize):
         close(found, expected(x, w, g), dtype)
 
 
+@pytest.mark.parametrize(
+    ("name", "M", "dtype"),
+    [
+        ("int8", 1, "float32"),
+        ("int8", 70, "bfloat16"),
+        ("dynamic int8", 70, "float32"),
+        ("LLM.int8", 3, "bfloat16"),
+        ("dynamic float8", 3, "bfloat16"),
+        ("int4 with zeros", 1, "bfloat16"),
+        ("int4 with zeros", 70, "float32"),
+        ("int4 of one group", 3, "float32"),
+        ("nf4", 3, "float32"),
+        ("nf4", 70, "bfloat16"),
+        ("nf4 with outliers", 3, "bfloat16"),
+    ],
+)
+def test_gpu_kernels(name, M, dtype):
+    """Few rows and many, over several blocks of the matrix in either dimension, the last of them incomplete."""
+    check_gpu(name, 140, 150, M, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("K", "N", "M"), [(64, 128, 1), (37, 9, 33), (600, 300, 65), (1023, 129, 200)])
+@pytest.mark.parametrize("name", QUANTIZE)
+def test_more_gpu_kernels(name, K, N, M, dtype):
+    check_gpu(name, K, N, M, dtype)
+
+
+def check_gpu(name, K, N, M, dtype):
+    w = jax.jit(QUANTIZE[name])(matrix(K, N))
+    x, g = inputs(M, K, N, dtype)
+    found = both(functools.partial(quantized_matmul, w=w, implementation="gpu"), x, g)
+    assert all(a.dtype == dtype for a in found)
+    close(found, expected(x, w, g), dtype)
+
+
 def test_rounding_to_nearest():
     """Half a step is the largest error; what is scaled to the largest code is exact."""
     W = matrix(600, 5)
@@ -233,7 +270,7 @@ def test_stacked_weights(implementation):
                 close([mapped], [np.stack(each)], "float32")
 
 
-@pytest.mark.parametrize("implementation", ["xla", "tpu"])
+@pytest.mark.parametrize("implementation", ["xla", "tpu", "gpu"])
 def test_divided_over_devices(implementation):
     """Rows over two devices, columns over two: the same numbers."""
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)

@@ -18,7 +18,7 @@ from phyla.training.data.config import DataConfig
 from phyla.training.loop import train
 from phyla.training.optimizer import make_optimizer
 from phyla.training.saved import make_objective
-from phyla.training.step import initial_state, make_step
+from phyla.training.step import NOTHING, initial_state, make_step
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 40
 
@@ -69,7 +69,7 @@ def _setup(experiment: Experiment, **loop) -> tuple:
         loop=dataclasses.replace(experiment.loop, **loop),
     )
     graphdef, params = nnx.split(LanguageModel(experiment.model, nnx.Rngs(0)))
-    optimizer = make_optimizer(experiment.optimizer, experiment.loop.steps, params)
+    optimizer = make_optimizer(experiment.optimizer, experiment.loop.steps, (params, NOTHING))
     step = make_step(graphdef, make_objective(experiment, mask_id=30), optimizer, experiment.loop)
     return jax.jit(step), initial_state(params, optimizer, experiment.loop), graphdef, experiment
 

@@ -1,14 +1,17 @@
 """The ruler: cycles that are known beforehand, by hand or by construction, and the table that it prints."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from phyla.models.errors import UserError
 from phyla.training import targets
 from phyla.training.bench import bundles
-from phyla.training.bench.kernels import DIRECTIONS, bench_kernels, bound, published
+from phyla.training.bench.compile import assembler
+from phyla.training.bench.kernels import DIRECTIONS, bench_kernels, bound, published, tables
 from phyla.training.bench.problems import CHIP, PROBLEMS, Work
 from phyla.training.bench.static import Job, estimate
 from tests.training import known_kernel
@@ -121,6 +124,49 @@ def test_the_command_prints_and_writes_a_table(tmp_path, capsys):
     rows = json.loads(path.read_text())["rows"]
     assert [(row["direction"], row["implementation"]) for row in rows] == [("forward", "xla"), ("backward", "xla")]
     assert all(row["bound"] < row["seconds"] < 100 * row["bound"] for row in rows)
+
+
+ASSEMBLED = """
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'quantized_matmul_nf4_mosaic_gpu_kernel' for 'sm_90a'
+ptxas         .     120 bytes stack frame, 116 bytes spill stores, 112 bytes spill loads
+ptxas info    : Used 255 registers, used 2 barriers, 17 bytes smem
+"""
+
+
+def test_what_the_assembler_says():
+    assert assembler(ASSEMBLED) == {"name": "quantized_matmul_nf4", "registers": 255, "spilled": 116}
+
+
+def test_a_table_of_kernels_for_gpus():
+    """Registers and spills of a GPU's kernel, temporaries of both programs, and the line of one that failed."""
+    static = {"problem": "ssd", "direction": "forward", "bytes": 2e6, "work": Work(3e9)._asdict(), "bound": 4e-6}
+    built = {"compiler": {"temporaries": 5e6}, "assembled": [{"name": "a", "registers": 113, "spilled": 17}]}
+    rows = [static | built | {"implementation": "gpu", "by": "memory"}]
+    rows.append(static | {"implementation": "xla", "by": "memory", "error": "RuntimeError: no"})
+    (table,) = tables({"target": "h100", "size": [1, 2, 3], "rows": rows})
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(table)
+    lines = capture.get().splitlines()
+    assert any(line.split() == ["ssd", "→", "2", "3.0", "4", "memory", "113", "17", "5", "?"] for line in lines)
+    assert any(line.strip() == "ssd forward, xla: RuntimeError: no" for line in lines)
+
+
+@pytest.mark.skipif(find_spec("jax_cuda13_plugin") is not None, reason="the compiler for GPUs is here")
+def test_a_compiler_that_is_not_installed_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"phyla\[gpu\]"):
+        bench_kernels(["ssd"], target="h100", json=tmp_path / "a.json", rounds=1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("jax_cuda13_plugin") is None, reason="needs the extra gpu")
+@pytest.mark.parametrize("problem", ["wkv7", "quantized_matmul nf4 × 32", "quantized_matmul int8-dynamic × 512"])
+def test_kernels_compile_to_machine_code(problem):
+    for direction in DIRECTIONS:
+        (assembled,) = estimate("h100", Job(problem, direction, "gpu"))["assembled"]
+        assert assembled["registers"] <= 255
+        assert assembled["spilled"] == 0
 
 
 def test_what_is_not_known_is_refused(tmp_path):

@@ -17,7 +17,7 @@ from phyla.training.bench.problems import CHIP, DIRECTIONS, PROBLEMS
 from phyla.training.config import Experiment
 from phyla.training.optimizer import make_optimizer
 from phyla.training.saved import make_objective
-from phyla.training.step import compile_step, initial_state, make_step
+from phyla.training.step import NOTHING, compile_step, initial_state, make_step
 
 KERNELS = [name for name in PROBLEMS if "tpu" in PROBLEMS[name](CHIP).implementations()]
 QUICK = {
@@ -51,7 +51,7 @@ def test_a_kernel_compiles(target, name, direction):
 def lower_step(experiment: Experiment, mesh: Mesh):
     """A training step of an experiment, compiled for a mesh without any array."""
     graphdef, params = nnx.split(sizes.abstract(experiment.model))
-    optimizer = make_optimizer(experiment.optimizer, experiment.loop.steps, params)
+    optimizer = make_optimizer(experiment.optimizer, experiment.loop.steps, (params, NOTHING))
 
     def init():
         return initial_state(nnx.state(LanguageModel(experiment.model, nnx.Rngs(0))), optimizer, experiment.loop)

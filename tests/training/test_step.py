@@ -12,7 +12,7 @@ from phyla.training.config import LoopConfig, OptimizerConfig
 from phyla.training.objectives import Loss
 from phyla.training.optimizer import make_optimizer
 from phyla.training.saved import make_objective
-from phyla.training.step import initial_state, make_step
+from phyla.training.step import NOTHING, initial_state, make_step
 
 
 @pytest.mark.parametrize("microbatches", [2, 4, 8])
@@ -90,7 +90,7 @@ def step_of(objective, **loop):
     """The step of an objective on three numbers, the state before it and a batch."""
     graphdef, params = nnx.split(Numbers())
     config = LoopConfig(batch_size=4, **loop)
-    optimizer = make_optimizer(OptimizerConfig(), 10, params)
+    optimizer = make_optimizer(OptimizerConfig(), 10, (params, NOTHING))
     step = jax.jit(make_step(graphdef, objective, optimizer, config))
     return step, initial_state(params, optimizer, config), {"tokens": jnp.zeros((4, 3), jnp.int32)}
 

@@ -1,8 +1,9 @@
-"""Compiles one program of `phyla bench kernels` for a TPU that need not be here, in a process of its own.
+"""Compiles one program of `phyla bench kernels` for a chip that need not be here, in a process of its own.
 
     python -m phyla.training.bench.compile TARGET PROBLEM IMPLEMENTATION DIRECTION FOLDER
 
-writes FOLDER/result.json. The compiler is told only once in a process where to write its bundles, hence the process.
+writes FOLDER/result.json. The compiler is told only once in a process where to write what it says of a kernel (a TPU's
+its bundles, a GPU's its assembler's words), hence the process.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ def main(arguments: Sequence[str]) -> None:
     target, name, implementation, direction, folder = arguments
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["LIBTPU_INIT_ARGS"] = " ".join((os.environ.get("LIBTPU_INIT_ARGS", ""), bundles.flags(folder))).strip()
+    os.environ["MOSAIC_GPU_DUMP_TO"] = folder
     from phyla.training.bench.problems import CHIP, PROBLEMS
 
     problem = PROBLEMS[name](CHIP)
@@ -31,8 +33,9 @@ def main(arguments: Sequence[str]) -> None:
         warnings.simplefilter("always")
         compiled = compile_for(target, functools.partial(problem.function, implementation, direction))
     kernels = re.findall(r"%(\S+) = .*custom_call_target=\"tpu_custom_call\"", compiled.as_text())
+    assembled = [assembler(path.read_text(errors="replace")) for path in sorted(Path(folder).glob("*.ptxas"))]
     unfit = [str(each.message) for each in caught if "xla runs" in str(each.message)]
-    result = {"compiler": analysis(compiled), "kernels": kernels, "warnings": unfit}
+    result = {"compiler": analysis(compiled), "kernels": kernels, "assembled": assembled, "warnings": unfit}
     Path(folder, "result.json").write_text(json.dumps(result))
 
 
@@ -51,6 +54,16 @@ def compile_for(target: str, make: Callable[[], tuple[Callable[..., Any], Sequen
         function, arguments = make()
         placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), arguments)
         return jax.jit(function).lower(*placed).compile()
+
+
+def assembler(said: str) -> dict[str, Any]:
+    """What NVIDIA's assembler says of a kernel: its name, registers of a thread, and bytes of them that it spills."""
+    name = re.search(r"entry function '(\w+?)(_mosaic_gpu_kernel)?'", said)
+    registers, spilled = re.search(r"Used (\d+) registers", said), re.search(r"(\d+) bytes spill stores", said)
+    assert name is not None
+    assert registers is not None
+    assert spilled is not None
+    return {"name": name[1], "registers": int(registers[1]), "spilled": int(spilled[1])}
 
 
 def analysis(compiled: Any) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """`phyla bench kernels`: each op, forward and backward, against what its bytes and its operations allow.
 
 For a TPU that is not here, the estimate is static (`bundles`): the compiled program's instructions at one a cycle, or
-its bytes at the published bandwidth, whichever takes longer. On the device that is here, times are medians.
+its bytes at the published bandwidth, whichever takes longer. For a GPU that is not here, every kernel is compiled to
+machine code. On the device that is here, times are medians.
 """
 
 import functools
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -24,9 +26,9 @@ from phyla.training.bench.problems import CHIP, CPU, DIRECTIONS, PROBLEMS, Probl
 from phyla.training.bench.static import Job, estimates
 from phyla.training.config import MeshConfig
 from phyla.training.progress import Reporter
-from phyla.training.targets import CHIPS, KINDS
+from phyla.training.targets import CHIPS, GPUS, KINDS
 
-TARGETS = (*CHIPS, "cpu")
+TARGETS = (*CHIPS, *GPUS, "cpu")
 SHORT = 64
 """Tokens from which on no implementation may be slower than the reference."""
 
@@ -57,15 +59,16 @@ def bench_kernels(ops: Sequence[str], *, target: str | None, json: Path | None, 
     if target is None:
         target = kind or ("gpu" if here == "gpu" else "v5e")
     timed = target in (kind, here)
-    if not timed and target not in CHIPS:
-        raise UserError(
-            f"--target {target}: this machine's device is a {here}; a chip to compile for: {', '.join(CHIPS)}"
-        )
+    if not timed and target not in CHIPS | GPUS:
+        known = ", ".join(CHIPS | GPUS)
+        raise UserError(f"--target {target}: this machine's device is a {here}; a chip to compile for: {known}")
+    if target in GPUS and importlib.util.find_spec("jax_cuda13_plugin") is None:
+        raise UserError(f"--target {target}: no compiler for GPUs is installed; it comes with pip install 'phyla[gpu]'")
     size = CPU if target == "cpu" else CHIP
     record: dict[str, Any] = {"target": target, "size": [size.B, size.T, size.D], "device": None, "rows": []}
     path = json or Path("runs") / "bench-kernels.json"
     limits = None
-    if target in CHIPS:
+    if target in CHIPS | GPUS:
         limits = published(target)
         static(target, names, limits, record, path)
     if timed:
@@ -90,7 +93,7 @@ def chosen(ops: Sequence[str]) -> list[str]:
 
 def published(target: str) -> Limits:
     """Of a chip."""
-    chip = CHIPS[target]
+    chip = (CHIPS | GPUS)[target]
     rates = {"bfloat16": chip.flops, "int8": chip.int8, "float8": chip.float8}
     return Limits(chip.bandwidth, rates.__getitem__, chip.vector, chip.transcendental)
 
@@ -128,10 +131,10 @@ def static(target: str, names: Sequence[str], limits: Limits, record: dict[str, 
         Job(name, direction, implementation)
         for name, problem in made.items()
         for direction in DIRECTIONS
-        for implementation in ("tpu", "xla")
+        for implementation in ("gpu" if target in GPUS else "tpu", "xla")
         if implementation in problem.implementations()
     ]
-    clock, found = CHIPS[target].clock, {}
+    clock, found = (CHIPS | GPUS)[target].clock, {}
     with Reporter() as reporter, reporter.task(f"compile for {target}", len(jobs), "programs") as task:
         for job, estimate in estimates(target, jobs):
             if "cycles" in estimate:
@@ -201,7 +204,9 @@ def tables(record: dict[str, Any]) -> list[Table]:
     """One of estimates, one of times, if there are any."""
     rows = record["rows"]
     found = []
-    if any("cycles" in each or "error" in each for each in rows):
+    if record["target"] in GPUS:
+        found.append(compiled_table(record))
+    elif any("cycles" in each or "error" in each for each in rows):
         found.append(static_table(record))
     if any("measured" in each for each in rows):
         found.append(clocked_table(record))
@@ -245,6 +250,46 @@ def static_table(record: dict[str, Any]) -> Table:
             said = [each["error"]] if "error" in each else [*each.get("warnings", [])]
             if each.get("loops"):
                 said.append("as long as every chunk is of one document: a loop that depends on data is counted once")
+            notes += [f"{name} {direction}, {implementation}: {line}" for line in said]
+    table.caption = "\n".join([caption, *notes])
+    return table
+
+
+def compiled_table(record: dict[str, Any]) -> Table:
+    """A row for each op and direction: what the compilers say of a GPU's kernels, and XLA beside it."""
+    target, (B, T, D) = record["target"], record["size"]
+    caption = (
+        f"{target}, bfloat16, {B} × {T} tokens, width {D}: compiled to machine code, not run. MB, Gop: what must be "
+        "moved and done, and the bound that they imply. Of a thread of the kernel: registers, and bytes of them "
+        "spilled. Temporaries: of the whole program."
+    )
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, caption=caption, caption_justify="left")
+    table.add_column("", no_wrap=True)
+    for head in ("MB", "Gop", "bound\nµs", "by", "regis-\nters", "\nspilled", "tempo-\nraries", "XLA's\nMB"):
+        table.add_column(head, justify="right", vertical="bottom", no_wrap=True)
+    notes = []
+
+    def temporaries(each: dict[str, Any]) -> str:
+        if "compiler" not in each:
+            return "?" if "error" in each else "–"
+        return f"{each['compiler']['temporaries'] / 1e6:,.0f}"
+
+    for (name, direction), pair in _pairs(record["rows"]).items():
+        kernel, xla = pair.get("gpu", {}), pair.get("xla", {})
+        any_, assembled = kernel or xla, kernel.get("assembled", [])
+        table.add_row(
+            _title(name, direction),
+            f"{any_['bytes'] / 1e6:,.0f}",
+            f"{sum(any_['work'][part] for part in ('matrix', 'vector', 'transcendental')) / 1e9:,.1f}",
+            _micro(any_["bound"]),
+            any_["by"],
+            " ".join(str(each["registers"]) for each in assembled) or "–",
+            " ".join(str(each["spilled"]) for each in assembled) or "–",
+            temporaries(kernel),
+            temporaries(xla),
+        )
+        for implementation, each in pair.items():
+            said = [each["error"]] if "error" in each else each.get("warnings", [])
             notes += [f"{name} {direction}, {implementation}: {line}" for line in said]
     table.caption = "\n".join([caption, *notes])
     return table

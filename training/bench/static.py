@@ -1,4 +1,7 @@
-"""How long a program would take on a TPU that is not here: its instructions counted, its bytes over the bandwidth."""
+"""What a compiler says of a program for a chip that is not here.
+
+For a TPU, how long it would take: its instructions counted, its bytes over the bandwidth. For a GPU, its registers.
+"""
 
 import concurrent.futures
 import json
@@ -11,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from phyla.training.bench import bundles, compile
+from phyla.training.targets import GPUS
 
 
 class Job(NamedTuple):
@@ -34,11 +38,12 @@ def estimates(target: str, jobs: Sequence[Job], script: Sequence[str] = ("-m", c
 
 
 def estimate(target: str, job: Job, script: Sequence[str] = ("-m", compile.__name__)) -> dict[str, Any]:
-    """What the compiler's bundles and the compiler say of a program.
+    """What the compiler's bundles and the compiler say of a program; for a GPU, only the compiler and the assembler.
 
     cycles; moved, bytes between HBM and the chip; kernels, the cycles of each; assumed, how many branches and copies
     depend on data and were counted; loops, how often one of a length that depends on data ran once; compiler, its own
-    analysis, with the bytes of temporaries. Or error: one line.
+    analysis, with the bytes of temporaries; assembled, `compile.assembler` of each of a GPU's kernels. Or error: one
+    line.
     """
     with tempfile.TemporaryDirectory() as folder:
         options = (target, job.problem, job.implementation, job.direction, folder)
@@ -49,6 +54,8 @@ def estimate(target: str, job: Job, script: Sequence[str] = ("-m", compile.__nam
         if not written.exists():
             return {"error": _last_error(done.stderr) or f"the compiler ended with status {done.returncode}"}
         result = json.loads(written.read_text())
+        if target in GPUS:
+            return result
         try:
             count = bundles.count(bundles.read(Path(folder)))
         except bundles.Unreadable as error:

@@ -17,7 +17,7 @@ from phyla.training.config import Experiment
 from phyla.training.generate import Generator, Sampling
 from phyla.training.optimizer import make_optimizer
 from phyla.training.saved import make_objective
-from phyla.training.step import compile_step, initial_state, make_step
+from phyla.training.step import NOTHING, compile_step, initial_state, make_step
 
 PROMPT, TOKENS = 32, 64
 """Of greedy decoding: the tokens before it, and those that are timed."""
@@ -35,7 +35,7 @@ class TrainingStep(NamedTuple):
 def training_step(experiment: Experiment, mesh: Mesh) -> TrainingStep:
     """Compiles a step on a batch of `BATCH` × `LENGTH` random tokens and takes one."""
     graphdef, params = nnx.split(sizes.abstract(experiment.model))
-    optimizer = make_optimizer(experiment.optimizer, experiment.loop.steps, params)
+    optimizer = make_optimizer(experiment.optimizer, experiment.loop.steps, (params, NOTHING))
 
     def init() -> Any:
         return initial_state(nnx.state(LanguageModel(experiment.model, nnx.Rngs(0))), optimizer, experiment.loop)
