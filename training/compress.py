@@ -34,7 +34,6 @@ from phyla.training.progress import Reporter
 from phyla.training.saved import Saved, load, make_asker
 from phyla.training.step import split
 
-
 COMPRESSION = "compression.json"
 
 
