@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from phyla.compression import matrices
 from phyla.compression.calibrate import Moments, each
+from phyla.compression.quantize import inputs_first
 from phyla.compression.rule import Applied, Method, Rule
 from phyla.kernels.quantized_matmul import Codebook
 from phyla.kernels.quantized_matmul.packing import pack
@@ -51,10 +52,7 @@ class Cluster(Rule):
         """See `Rule.apply`."""
         left = {}
         for place in chosen:
-            turned = place.kind in ("table", "values")  # whose rows are looked up, or cut
-            dense, axes = place.value[...], place.axes
-            if turned:
-                dense, axes = dense.swapaxes(-1, -2), (*axes[:-2], axes[-1], axes[-2])
+            dense, axes, turned = inputs_first(place)
             held = jax.eval_shape(functools.partial(cluster, values=self.values), dense)
             if held.nbytes >= dense.nbytes:
                 left[place.name] = (

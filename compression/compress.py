@@ -2,19 +2,22 @@
 
 import difflib
 import re
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 
 from phyla.compression import matrices
-from phyla.compression.calibrate import Moments, no_moments
+from phyla.compression.calibrate import Moments
 from phyla.compression.rule import Rule
 from phyla.models import sizes
 from phyla.models.config import ModelConfig
 from phyla.models.errors import UserError
 from phyla.models.language_model import LanguageModel
+
+Measure = Callable[[LanguageModel, Iterable[tuple[jax.Array, jax.Array]]], Moments]
+"""`Rule.measure`."""
 
 
 class Step(NamedTuple):
@@ -30,10 +33,15 @@ class Step(NamedTuple):
     """Paths of the dense parameters that it left as they were, and why."""
 
 
+def no_text(model: LanguageModel, measure: Measure) -> Moments:
+    """Zeros."""
+    return measure(model, ())
+
+
 def compress(
     model: LanguageModel,
     recipes: Sequence[Rule],
-    calibrate: Callable[[LanguageModel], Moments] = no_moments,
+    calibrate: Callable[[LanguageModel, Measure], Moments] = no_text,
     seed: int = 0,
 ) -> list[Step]:
     """Applies recipes in their order, each to what the one before made; the model that is given stays as it is.
@@ -41,8 +49,8 @@ def compress(
     Args:
         model: the model.
         recipes: what to do.
-        calibrate: the `moments` of a text in a model, for recipes that need it; by default those of no text, after
-            which GPTQ rounds to nearest and SparseGPT prunes by magnitude.
+        calibrate: reads a text with a model and with what a recipe `measure`s, for recipes that need it; by default no
+            text, after which GPTQ rounds to nearest, SparseGPT prunes by magnitude and activations have the scale 1.
         seed: of what recipes draw at random.
 
     Raises UserError if a recipe finds nothing that it could change.
@@ -50,7 +58,7 @@ def compress(
     steps = []
     for recipe, key in zip(recipes, jax.random.split(jax.random.key(seed), len(recipes)), strict=True):
         before = steps[-1].model if steps else model
-        moments = calibrate(before) if recipe.needs_text else {}
+        moments = calibrate(before, recipe.measure) if recipe.needs_text else Moments()
         steps.append(_apply(before, recipe, recipe.resolve(before, moments), moments, key))
     return steps
 
@@ -66,24 +74,33 @@ def abstract(config: ModelConfig, recipes: Sequence[Rule]) -> LanguageModel:
     def made() -> LanguageModel:
         model = LanguageModel(config, nnx.Rngs(0))
         for recipe in recipes:
-            moments = no_moments(model) if recipe.needs_text else {}
+            moments = no_text(model, recipe.measure) if recipe.needs_text else Moments()
             model = _apply(model, recipe, (recipe,), moments, jax.random.key(0)).model
         return model
 
     return jax.eval_shape(made)
 
 
-def _apply(model: LanguageModel, recipe: Rule, rules: Sequence[Rule], moments: Moments, key: jax.Array) -> Step:
+def shaping(recipes: Sequence[Rule]) -> tuple[Rule, ...]:
+    """Those that say in what form a compressed run's parameters are, given the configuration of its model.
+
+    They are all after the last that made a model of another configuration, which is an ordinary one.
+    """
+    last = max((i for i, recipe in enumerate(recipes) if recipe.reshapes), default=-1)
+    return tuple(recipes[last + 1 :])
+
+
+def _apply(model: LanguageModel, recipe: Rule, rules: Sequence[Rule], moments: Any, key: jax.Array) -> Step:
     model = nnx.clone(model)
     everything = matrices.places(model)
-    left = {place.name: place.left for place in everything if not place.kind}
-    free = [place for place in everything if place.kind]
-    left |= {place.name: f"{recipe} is not for it" for place in free if not any(rule.chooses(place) for rule in rules)}
+    left = {place.name: place.left for place in everything if not place.kind and not recipe.reshapes}
+    others = [place for place in everything if place.kind and not any(rule.chooses(place) for rule in rules)]
+    left |= {place.name: f"{recipe} is not for it" for place in others}
     done, weights = [], ()
-    for rule in rules:
-        chosen = [place for place in free if rule.chooses(place)]
+    for rule in rules:  # each for what those before it left
+        chosen = [place for place in matrices.places(model) if rule.chooses(place)]
         model, of_chosen, of_weights = rule.apply(model, chosen, moments, key)
-        left |= of_chosen
+        left = {name: why for name, why in left.items() if name not in {place.name for place in chosen}} | of_chosen
         weights += of_weights
         if of_weights or of_chosen.keys() < {place.name for place in chosen}:
             done.append(rule)

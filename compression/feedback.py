@@ -40,9 +40,9 @@ def inverse_factor(moment: jax.Array) -> jax.Array:
     return jax.lax.while_loop(failed, again, (damping, factor(damping)))[1]
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def gptq(w: jax.Array, moment: jax.Array, step: jax.Array, least: int, most: int) -> jax.Array:
-    """Integer codes [K, N], within least … most, of which codes · step multiplies the inputs as w does.
+@jax.jit
+def gptq(w: jax.Array, moment: jax.Array, step: jax.Array, least: jax.Array | int, most: jax.Array | int) -> jax.Array:
+    """Codes, int32 [K, N], within least … most, of which codes · step multiplies the inputs as w does.
 
     Inputs are taken in the order of their moments, the largest first. What is exactly zero stays so.
 
@@ -50,22 +50,23 @@ def gptq(w: jax.Array, moment: jax.Array, step: jax.Array, least: int, most: int
         w: [K, N].
         moment: Σ xxᵀ over the inputs x, float32 [K, K].
         step: the scale of every element, [K, N].
-        least: the least code.
-        most: the greatest.
+        least: the least code, of all or of every element [K, N].
+        most: the greatest, likewise.
     """
     order = jnp.argsort(-jnp.diag(moment))
     w, moment, step = w.astype(jnp.float32)[order], moment[order][:, order], step[order]
+    least, most = (jnp.broadcast_to(jnp.asarray(edge, jnp.float32), w.shape)[order] for edge in (least, most))
 
     def start(w_BxN: jax.Array, U_BxB: jax.Array, given: tuple) -> tuple:
         return given
 
     def choose(i: jax.Array, w_BxN: jax.Array, U_BxB: jax.Array, given: tuple) -> tuple[jax.Array, tuple]:
-        step_BxN, pruned_BxN = given
-        code = jnp.clip(jnp.round(w_BxN[i] / step_BxN[i]), least, most)
+        step_BxN, least_BxN, most_BxN, pruned_BxN = given
+        code = jnp.clip(jnp.round(w_BxN[i] / step_BxN[i]), least_BxN[i], most_BxN[i])
         return jnp.where(pruned_BxN[i], 0, code * step_BxN[i]), given
 
-    chosen = _sweep(w, inverse_factor(moment), (step, w == 0), min(BLOCK, len(w)), start, choose)
-    return jnp.zeros(w.shape, jnp.int8).at[order].set(jnp.round(chosen / step).astype(jnp.int8))
+    chosen = _sweep(w, inverse_factor(moment), (step, least, most, w == 0), min(BLOCK, len(w)), start, choose)
+    return jnp.zeros(w.shape, jnp.int32).at[order].set(jnp.round(chosen / step).astype(jnp.int32))
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +14,17 @@ from phyla.compression.calibrate import Moments, each
 from phyla.compression.feedback import gptq
 from phyla.compression.rule import Applied, Method, Rule
 from phyla.kernels.quantized_matmul import (
+    Codes,
     Format,
-    Int4,
     Int8,
+    quantize_codes,
     quantize_float8,
-    quantize_int4,
+    quantize_ggml,
     quantize_int8,
     quantize_nf4,
 )
-from phyla.kernels.quantized_matmul.formats import pack, spread
+from phyla.kernels.quantized_matmul.ggml import KINDS, fitting
+from phyla.kernels.quantized_matmul.packing import pack, unit
 from phyla.models.errors import UserError
 from phyla.models.language_model import LanguageModel
 from phyla.models.quantized import Quantized
@@ -30,29 +33,54 @@ FEWEST = 9
 """Inputs of a matrix that is worth it: a float32 scale takes as much room as eight codes of 4 bits."""
 
 
+Whole = Literal["int8", "int4", "int3", "int2"]
+Blocks = Literal["q8_0", "q6_k", "q5_0", "q4_k", "q4_1", "q4_0", "q2_k"]
+"""Of a GGUF file."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Quantize(Rule):
     """Rounds every matrix and every table of the vocabulary."""
 
-    format: Literal["int8", "int4", "nf4", "float8"]
+    format: Whole | Literal["nf4", "float8"] | Blocks
     group: int | None = None
-    """Inputs that share a scale, for int4; None: all of an output channel. NF4's are 64."""
+    """Inputs that share a scale, for integers; None: all of an output channel. Other formats have their own blocks."""
+    tensor: bool = False
+    """One scale for the whole matrix."""
+    asymmetric: bool = False
+    """Integers from the least to the greatest value, with a zero point (min-max)."""
+    mse: bool = False
+    """Integers of the part of the range that has the least squared error; what lies outside is clipped."""
     gptq: bool = False
     """Not to nearest: what rounding one input costs is made good by the others. Heads and tables to nearest still."""
 
     def __post_init__(self):
         super().__post_init__()
-        if self.gptq and self.format not in ("int8", "int4"):
-            raise UserError(f"{self.method}: GPTQ is for int8 and int4; nearest: gptq-int4")
-        if self.group is not None and self.format != "int4":
-            raise UserError(f"{self.method}: only int4 has groups to choose; nearest: {self.format}")
-        if self.group is not None and (self.group < 2 or self.group % 2):
-            raise UserError(f"{self.method}: a group is an even number; nearest: int4-g{max(2, self.group + 1)}")
+        integer = self.format.startswith("int")
+        if self.gptq and not integer:
+            raise UserError(f"{self.method}: GPTQ is for integers; nearest: gptq-int4")
+        if self.group is not None and not integer:
+            raise UserError(f"{self.method}: only integers have groups to choose; nearest: {self.format}")
+        if (self.asymmetric or self.mse) and not integer:
+            raise UserError(f"{self.method}: only the range of integers is chosen; nearest: {self.format}")
+        if self.tensor and (self.group is not None or not (integer or self.format == "float8")):
+            raise UserError(f"{self.method}: a scale is shared by a group or by the matrix; nearest: int8-tensor")
+        if self.group is not None:
+            rows = max(2, unit(self.bits))
+            if self.group < rows or self.group % rows:
+                nearest = f"{self.format}-g{max(1, -(-self.group // rows)) * rows}"
+                raise UserError(f"{self.method}: a group is a multiple of {rows}; nearest: {nearest}")
+
+    @property
+    def bits(self) -> int:
+        """Of an integer's code."""
+        return int(self.format.removeprefix("int"))
 
     @property
     def method(self) -> str:
         """See `Rule.method`."""
-        return "gptq-" * self.gptq + self.format + (f"-g{self.group}" if self.group is not None else "")
+        scales = "-tensor" if self.tensor else f"-g{self.group}" if self.group is not None else ""
+        return "gptq-" * self.gptq + self.format + scales + "-asym" * self.asymmetric + "-mse" * self.mse
 
     @property
     def needs_text(self) -> bool:
@@ -64,47 +92,40 @@ class Quantize(Rule):
         return Applied(model, quantize(model, chosen, self, moments))
 
 
+def _named(found: re.Match, only: str) -> Quantize:
+    parts = re.fullmatch(r"(gptq-)?([a-z]+\d\w*)(-tensor)?(?:-g(\d+))?(-asym)?(-mse)?", found[0])
+    assert parts is not None
+    gptq, format_, tensor, group, asymmetric, mse = parts.groups()
+    named: Any = format_
+    return Quantize(
+        format=named,
+        group=None if group is None else int(group),
+        tensor=tensor is not None,
+        asymmetric=asymmetric is not None,
+        mse=mse is not None,
+        gptq=gptq is not None,
+        only=only,
+    )
+
+
+INTEGER, SCALES = "int[2348]", r"(?:-tensor|-g\d+)?"
 METHODS = {
-    "int8": Method(
-        "int8",
-        lambda _, only: Quantize(format="int8", only=only),
-        "codes of 8 bits, a scale for each output channel",
-    ),
-    "int4": Method(
-        "int4",
-        lambda _, only: Quantize(format="int4", only=only),
-        "codes of 4 bits, a scale for each output channel",
-    ),
-    "int4-g64": Method(
-        r"int4-g(\d+)",
-        lambda found, only: Quantize(format="int4", group=int(found[1]), only=only),
-        "codes of 4 bits, a scale for each 64 (or any even number of) inputs of an output channel",
-    ),
-    "nf4": Method(
-        "nf4",
-        lambda _, only: Quantize(format="nf4", only=only),
-        "16 quantiles of the normal distribution in blocks of 64, whose scales have 8 bits (QLoRA)",
-    ),
-    "float8": Method(
-        "float8",
-        lambda _, only: Quantize(format="float8", only=only),
-        "floats of 8 bits (e4m3), a scale for each output channel",
-    ),
-    "gptq-int8": Method(
-        "gptq-int8",
-        lambda _, only: Quantize(format="int8", gptq=True, only=only),
-        "int8, one input after another: those that follow make each one's error good (reads text)",
-    ),
-    "gptq-int4": Method(
-        "gptq-int4",
-        lambda _, only: Quantize(format="int4", gptq=True, only=only),
-        "the same with int4",
-    ),
-    "gptq-int4-g128": Method(
-        r"gptq-int4-g(\d+)",
-        lambda found, only: Quantize(format="int4", group=int(found[1]), gptq=True, only=only),
-        "the same with a scale for each 128 (or any even number of) inputs of an output channel",
-    ),
+    name: Method(pattern, _named, summary)
+    for name, pattern, summary in (
+        ("int8", INTEGER, "codes of 8 (or 4, 3, 2) bits, a scale for each output channel"),
+        ("int4-g64", INTEGER + r"-g\d+", "a scale for each 64 (or any even number of) inputs of an output channel"),
+        ("int8-tensor", f"(?:{INTEGER}|float8)-tensor", "one scale for the whole matrix (also float8-tensor)"),
+        ("int4-g64-asym", INTEGER + SCALES + "-asym", "from the least to the greatest value, with a zero point"),
+        ("int4-g64-mse", INTEGER + SCALES + "(?:-asym)?-mse", "a range clipped for the least squared error"),
+        ("nf4", "nf4", "16 quantiles of the normal distribution in blocks of 64, whose scales have 8 bits (QLoRA)"),
+        ("float8", "float8", "floats of 8 bits (e4m3), a scale for each output channel"),
+        (
+            "gptq-int4-g128",
+            f"gptq-{INTEGER}{SCALES}(?:-asym)?(?:-mse)?",
+            "any of the integers, one input after another: those that follow make each one's error good (reads text)",
+        ),
+        ("q4_k", "|".join(KINDS), f"blocks of GGML, as in a GGUF file: {', '.join(KINDS)}"),
+    )
 }
 """See `phyla.compression.recipes`."""
 
@@ -113,49 +134,78 @@ def quantize(model: LanguageModel, chosen: list[matrices.Place], recipe: Quantiz
     """Rounds the chosen parameters, in place; returns those that it leaves, and why."""
     left = {}
     for place in chosen:
-        turned = place.kind in ("table", "values")  # whose rows are the output channels
-        dense, axes = place.value[...], place.axes
-        if turned:
-            dense, axes = dense.swapaxes(-1, -2), (*axes[:-2], axes[-1], axes[-2])
-        if recipe.gptq and place.kind == "values":
-            left[place.name] = "packed: no text tells of its values by themselves"
+        if why := refusal(place, recipe):
+            left[place.name] = why
             continue
-        if dense.shape[-2] < FEWEST:
-            left[place.name] = f"of {dense.shape[-2]} inputs: its scales would take as much room as its codes"
-            continue
-        if recipe.gptq and place.kind == "matrix":
-            held = round_with_feedback(dense, moments[place.path], recipe.format, recipe.group)
-        else:
-            held = round_to_nearest(dense, recipe.format, recipe.group)
+        dense, axes, turned = inputs_first(place)
+        held = rounded(dense, recipe, moments.get(place.path) if place.kind == "matrix" else None)
         matrices.replace(model, place.path, Quantized(held, axes, transposed=turned))
     return left
 
 
-@jax.jit(static_argnums=(1, 2))
-def round_to_nearest(w: jax.Array, format: str, group: int | None) -> Format:
-    """Every matrix [K, N] of w [..., K, N] by itself, one after another; see `Quantize`."""
-    K = w.shape[-2]
-    one = {
-        "int8": quantize_int8,
-        "int4": functools.partial(quantize_int4, group=group or K + K % 2),
-        "nf4": quantize_nf4,
-        "float8": quantize_float8,
-    }[format]
-    return each(one, w)
+def refusal(place: matrices.Place, recipe: Quantize) -> str:
+    """Why the recipe leaves a parameter; empty: it does not."""
+    K = inputs_first(place)[0].shape[-2]
+    if recipe.gptq and place.kind == "values":
+        return "packed: no text tells of its values by themselves"
+    if K < FEWEST:
+        return f"of {K} inputs: its scales would take as much room as its codes"
+    if recipe.format in KINDS and fitting(recipe.format, K) is None:
+        return f"of {K} inputs, which are no whole blocks of 32"
+    return ""
 
 
-@jax.jit(static_argnums=(2, 3))
-def round_with_feedback(w: jax.Array, moment: jax.Array, format: str, group: int | None) -> Format:
+def inputs_first(place: matrices.Place) -> tuple[jax.Array, tuple[str, ...], bool]:
+    """The parameter as [..., in, out], the names of these dimensions, and whether it is the other way round."""
+    dense, axes = place.value[...], place.axes
+    if place.kind not in ("table", "values"):  # whose rows are the output channels
+        return dense, axes, False
+    return dense.swapaxes(-1, -2), (*axes[:-2], axes[-1], axes[-2]), True
+
+
+def rounded(w: jax.Array, recipe: Quantize, moment: jax.Array | None) -> Format:
+    """Every matrix [K, N] of w [..., K, N] as the recipe has it, whatever it is for; to nearest without moments."""
+    recipe = dataclasses.replace(recipe, only="")  # so that it is compiled once
+    if recipe.gptq and moment is not None:
+        return round_with_feedback(w, moment, recipe)
+    return round_to_nearest(w, recipe)
+
+
+@jax.jit(static_argnums=1)
+def round_to_nearest(w: jax.Array, recipe: Quantize) -> Format:
+    """Every matrix [K, N] of w [..., K, N] by itself, one after another."""
+    return each(functools.partial(_nearest, recipe), w)
+
+
+def _nearest(recipe: Quantize, w: jax.Array) -> Format:
+    match recipe.format:
+        case "nf4":
+            return quantize_nf4(w)
+        case "float8":
+            return quantize_float8(w, tensor=recipe.tensor)
+        case "int8" if recipe.group is None and not (recipe.asymmetric or recipe.mse):
+            return quantize_int8(w, tensor=recipe.tensor)
+        case "int8" | "int4" | "int3" | "int2":
+            options = {"group": recipe.group, "tensor": recipe.tensor, "least_squares": recipe.mse}
+            return quantize_codes(w, bits=recipe.bits, symmetric=not recipe.asymmetric, **options)
+    kind = fitting(recipe.format, len(w))
+    assert kind is not None
+    return quantize_ggml(w, kind=kind)
+
+
+@jax.jit(static_argnums=2)
+def round_with_feedback(w: jax.Array, moment: jax.Array, recipe: Quantize) -> Format:
     """The scales of `round_to_nearest`, the codes of `gptq`, for each matrix [K, N] of w and its moments [K, K]."""
 
     def one(w: jax.Array, moment: jax.Array) -> Format:
-        match held := round_to_nearest(w, format, group):
+        match held := _nearest(recipe, w):
             case Int8():
                 step = jnp.broadcast_to(held.scale, w.shape)
-                return dataclasses.replace(held, codes=gptq(w, moment, step, -127, 127))
-            case Int4():
-                step = spread(held.scale, held.group, held.rows)
-                return dataclasses.replace(held, codes=pack(gptq(w, moment, step, -8, 7)))
-        raise AssertionError(format)
+                return dataclasses.replace(held, codes=gptq(w, moment, step, -127, 127).astype(jnp.int8))
+            case Codes():
+                zero, half = held.zeros(), 1 << held.bits - 1
+                codes = gptq(w, moment, held.steps(), -half - zero, half - 1 - zero) + zero.astype(jnp.int32)
+                return dataclasses.replace(held, codes=pack(codes, held.bits))
+        raise AssertionError(recipe)
 
     return each(one, w, moment)

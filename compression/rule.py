@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple
 
 import jax
 
-from phyla.compression import matrices
+from phyla.compression import calibrate, matrices
 from phyla.compression.calibrate import Moments
 from phyla.models.errors import UserError
 from phyla.models.language_model import LanguageModel
@@ -45,6 +45,11 @@ class Rule:
         """Whether it depends on what the matrices multiply, so that a text must be read."""
         return False
 
+    @property
+    def needs_moments(self) -> bool:
+        """Whether it depends on second moments, not on each input's own figures alone (`calibrate.Columns`)."""
+        return self.needs_text
+
     def resolve(self, model: LanguageModel, moments: Moments) -> tuple["Rule", ...]:
         """What it is for this model, as recipes by whose names alone the shapes of what they make are known.
 
@@ -52,20 +57,24 @@ class Rule:
         """
         return (self,)
 
+    def measure(self, model: LanguageModel, batches: Iterable[tuple[jax.Array, jax.Array]]) -> Moments:
+        """What it wants to know of a text, if it `needs_text`; zeros of no text. See `calibrate.moments`."""
+        return calibrate.moments(model, batches, self.needs_moments)
+
     def apply(self, model: LanguageModel, chosen: list[matrices.Place], moments: Moments, key: jax.Array) -> "Applied":
         """Does it.
 
         Args:
             model: may be changed in place.
-            chosen: its parameters that `only` chooses, of those that any method may touch.
-            moments: of a text in this model, if it `needs_text`.
+            chosen: its parameters that `only` chooses, of those that any method may touch; of all if it `reshapes`.
+            moments: what it `measure`s of a text in this model, if it `needs_text`.
             key: for what it draws at random.
         """
         raise NotImplementedError
 
     def chooses(self, place: matrices.Place) -> bool:
-        """Whether it is for this parameter, which any method may touch."""
-        return place.kind is not None and re.search(self.only, place.name) is not None
+        """Whether it is for this parameter, which any method may touch (or which is cut with others)."""
+        return (place.kind is not None or self.reshapes) and re.search(self.only, place.name) is not None
 
     def __str__(self) -> str:
         return f"{self.method}@{self.only}" if self.only else self.method
@@ -81,7 +90,7 @@ class Applied(NamedTuple):
 
     model: LanguageModel
     left: dict[str, str]
-    """Paths of the chosen parameters that it left as they were, and why."""
+    """Paths of the chosen parameters that it left as they were, and why; of all if it reshapes."""
     changed: tuple[str, ...] = ()
     """Paths of `Weight`s that it changed; they are not among the chosen."""
 

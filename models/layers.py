@@ -12,8 +12,8 @@ from phyla.models.weights import (
     Weight,
     constant,
     fan_in,
+    grouped,
     matmul,
-    matmul_grouped,
     matmul_transposed,
     normal,
     parameter,
@@ -97,7 +97,7 @@ class ExpertLinear(nnx.Module):
 
         Rows after those of the last expert give zeros.
         """
-        return matmul_grouped(x, self.weight, sizes)
+        return grouped(x, self.weight, sizes)
 
     def chosen(self, x: jax.Array, expert: jax.Array) -> jax.Array:
         """[N, in] -> [N, out], row n by the matrix of expert[n]: for few rows, since each reads a whole matrix."""

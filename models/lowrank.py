@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from phyla.models.weights import Weight, materialize, matmul, matmul_grouped
+from phyla.models.weights import Weight, grouped, materialize, matmul
 
 
 class LowRank(Weight):
@@ -26,7 +26,7 @@ class LowRank(Weight):
 
     def grouped_matmul(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
         """See `Weight.grouped_matmul`."""
-        return matmul_grouped(matmul_grouped(x, self.down, sizes), self.up, sizes)
+        return grouped(grouped(x, self.down, sizes), self.up, sizes)
 
     def materialize(self) -> jax.Array:
         """See `Weight.materialize`."""

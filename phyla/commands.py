@@ -278,7 +278,7 @@ class Compress:
     out: Path | None = None
     """The new run's folder: new or empty."""
     calibration: str | None = None
-    """The text that GPTQ, Wanda and SparseGPT read, as `--data.source`; None: what the run was trained on."""
+    """The text that methods read which need one, as `--data.source`; None: what the run was trained on."""
     tokens: int | None = None
     """How much of it at most; None: 65,536."""
     list: bool = False

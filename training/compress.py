@@ -1,7 +1,6 @@
 """`phyla compress`: a run with a smaller model made of a run, and what that cost."""
 
 import dataclasses
-import functools
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,8 +14,8 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Column, Table
 
-from phyla.compression.calibrate import Moments, moments
-from phyla.compression.compress import Step, abstract, compress
+from phyla.compression.calibrate import Moments
+from phyla.compression.compress import Measure, Step, abstract, compress, shaping
 from phyla.compression.entropy import Huffman
 from phyla.compression.huffman import Sizes
 from phyla.compression.matrices import dotted, weights
@@ -26,7 +25,7 @@ from phyla.models.errors import UserError
 from phyla.models.language_model import LanguageModel
 from phyla.models.registry import LAYERS
 from phyla.models.weights import Weight, materialize
-from phyla.training import run
+from phyla.training import activations, run
 from phyla.training.checkpoints import CODED, Checkpoints
 from phyla.training.data.pipeline import prepare
 from phyla.training.divergence import divergences
@@ -71,7 +70,7 @@ def _nonzero(weight: nnx.Param | Weight) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """The text that GPTQ, Wanda and SparseGPT read."""
+    """The text of the methods that read one."""
 
     source: str | None = None
     """As `data.source`; None: the run's own training text."""
@@ -115,39 +114,52 @@ def compress_run(
             f"{'+'.join(map(str, recipes))}: huffman is how the run is written, hence the last; leave it out"
         )
     before = tuple(recipe for recipe in run.read_recipes(folder) if not isinstance(recipe, Huffman))
-    abstract(run.read_experiment(folder).model, (*before, *recipes))  # which refuses before anything is computed
+    abstract(run.read_experiment(folder).model, (*shaping(before), *recipes))  # refuses before anything is computed
     saved = load(folder)
     original = saved.model()
-    steps = compress(original, recipes, functools.partial(_moments, saved, calibration))
+    read: list[dict[str, dict[str, float]]] = []
+
+    def calibrate(model: LanguageModel, measure: Measure) -> Moments:
+        found = _measured(saved, calibration, model, measure)
+        if found.columns:
+            read.append(activations.activations(found.columns))
+        return found
+
+    steps = compress(original, recipes, calibrate)
     rows = [{"recipe": None} | dataclasses.asdict(size(original))]
     rows += [{"recipe": str(step.recipe)} | dataclasses.asdict(size(step.model)) for step in steps]
     _compare(saved, [original, *(step.model for step in steps)], rows)
+    made = steps[-1].model
     done = (*before, *(rule for step in steps for rule in step.rules))
-    experiment = dataclasses.replace(saved.experiment, base=None, recipes="")
+    experiment = dataclasses.replace(saved.experiment, model=made.config, base=None, recipes="")
     run.create(out, experiment, run.read_record(folder)["tokenizer"], compression=done)
     if saved.own_tokenizer is not None:
         saved.own_tokenizer.save(out / "tokenizer")
     with Checkpoints(out) as checkpoints:
         coded = isinstance(recipes[-1], Huffman)
-        sizes = checkpoints.save_params(*split(steps[-1].model)[1:], step=saved.step, coded=coded)
+        sizes = checkpoints.save_params(*split(made)[1:], step=saved.step, coded=coded)
     rows[0]["bytes_on_disk"] = _on_disk(folder, saved.step)
     rows[-1]["bytes_on_disk"] = _on_disk(out, saved.step)
     record = {
         "run": str(folder),
         "step": saved.step,
-        "calibration": dataclasses.asdict(calibration) if any(each.needs_text for each in recipes) else None,
+        "calibration": dataclasses.asdict(calibration) if read else None,
+        "activations": read[0] if read else None,
         "steps": rows,
         "huffman": {name: each._asdict() for name, each in sizes.items()} or None,
-        "coverage": _coverage(saved.experiment.model, steps),
+        "coverage": _coverage(made.config, steps),
         "parameters": _parameters(steps),
         "left": _left(steps),
     }
     run.write_json(json or out / COMPRESSION, record)
     _print(out, record)
+    if read:
+        kinds = {dotted(path): _layer(saved.experiment.model, path) for path in weights(original)}
+        Console(highlight=False).print(activations.table(read[0], kinds.__getitem__))
     return record
 
 
-def _moments(saved: Saved, calibration: Calibration, model: LanguageModel) -> Moments:
+def _measured(saved: Saved, calibration: Calibration, model: LanguageModel, measure: Measure) -> Moments:
     """Of the rows of the text that have no padding."""
     data = saved.experiment.data
     if calibration.source is not None:
@@ -168,7 +180,7 @@ def _moments(saved: Saved, calibration: Calibration, model: LanguageModel) -> Mo
                 yield asked.tokens, asked.segment_ids
                 task.update(i + 1)
 
-        return jax.block_until_ready(moments(model, batches()))
+        return jax.block_until_ready(measure(model, batches()))
 
 
 def _compare(saved: Saved, models: list[LanguageModel], rows: list[dict[str, Any]]) -> None:
@@ -197,17 +209,17 @@ def _on_disk(folder: Path, step: int) -> int:
 
 
 def _parameters(steps: list[Step]) -> dict[str, Any]:
-    """What was done to each parameter that was changed, and the bits that it takes."""
+    """What was done to each parameter that was changed and is still there, and the bits that it takes."""
     recipes: dict[str, list[str]] = {}
     for step in steps:
         for name in _whole(steps, step.changed):
             recipes.setdefault(name, []).append(str(step.recipe))
     bits = {dotted(path): _bits(weight) for path, weight in weights(steps[-1].model).items()}
-    return {name: {"recipes": done, "bits_per_weight": bits[name]} for name, done in recipes.items()}
+    return {name: {"recipes": done, "bits_per_weight": bits[name]} for name, done in recipes.items() if name in bits}
 
 
 def _left(steps: list[Step]) -> dict[str, str]:
-    """The parameters that no step changed, and why the last one did not."""
+    """The parameters that no step changed and that are still there, and why the last one did not."""
     changed = {name for step in steps for name in _whole(steps, step.changed)}
     return {
         name: why

@@ -83,7 +83,7 @@ def load(folder: Path) -> Saved:
         check_match(fingerprint, tokenizer.fingerprint())
     mesh = sharding.make_mesh(MeshConfig(data=1), batch=1)
     recipes = run.read_recipes(folder)
-    model = compress.abstract(experiment.model, recipes)
+    model = compress.abstract(experiment.model, compress.shaping(recipes))
     graphdef, *abstract = split(model)
     params, frozen = (with_shardings(each, sharding.shardings(each, mesh)) for each in abstract)
     with Checkpoints(folder) as checkpoints:

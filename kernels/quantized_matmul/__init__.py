@@ -12,29 +12,49 @@ from phyla.kernels.arguments import align
 from phyla.kernels.dispatch import resolve
 from phyla.kernels.quantized_matmul import gpu, reference, tpu, xla
 from phyla.kernels.quantized_matmul.codebook import Codebook
+from phyla.kernels.quantized_matmul.codes import (
+    Codes,
+    Int2,
+    Int3,
+    Int4,
+    Int8Groups,
+    quantize_codes,
+    quantize_int2,
+    quantize_int3,
+    quantize_int4,
+)
 from phyla.kernels.quantized_matmul.formats import (
     Float8,
     Format,
-    Int4,
     Int8,
     Outliers,
     quantize_float8,
-    quantize_int4,
     quantize_int8,
     quantize_llm_int8,
     quantize_outliers,
 )
+from phyla.kernels.quantized_matmul.ggml import Ggml
+from phyla.kernels.quantized_matmul.ggml_rounding import quantize_ggml
 from phyla.kernels.quantized_matmul.nf4 import NF4, quantize_nf4
 
 __all__ = [
     "NF4",
     "Codebook",
+    "Codes",
     "Float8",
     "Format",
+    "Ggml",
+    "Int2",
+    "Int3",
     "Int4",
     "Int8",
+    "Int8Groups",
     "Outliers",
+    "quantize_codes",
     "quantize_float8",
+    "quantize_ggml",
+    "quantize_int2",
+    "quantize_int3",
     "quantize_int4",
     "quantize_int8",
     "quantize_llm_int8",

@@ -53,10 +53,10 @@ class Format(abc.ABC):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Channels(Format):
-    """codes · scale, one scale for each output channel."""
+    """codes · scale, one scale for each output channel or for the whole matrix."""
 
     codes: jax.Array  # [K, N]
-    scale: jax.Array  # float32 [N]
+    scale: jax.Array  # float32 [N] or []
     dynamic: bool = dataclasses.field(default=False, metadata=STATIC)
     """Round the activations to the same type, with one scale for each token."""
 
@@ -71,8 +71,7 @@ class Channels(Format):
 
     def take_columns(self, columns: jax.Array) -> jax.Array:
         """See `Format.take_columns`."""
-        codes, scale = jnp.take(self.codes, columns, axis=-1), jnp.take(self.scale, columns)
-        return dataclasses.replace(self, codes=codes, scale=scale).materialize()
+        return take_last(self, columns).materialize()
 
 
 @jax.tree_util.register_dataclass
@@ -85,39 +84,6 @@ class Int8(Channels):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Float8(Channels):
     """Codes are float8_e4m3fn: 4 bits of exponent, 3 of mantissa."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Int4(Format):
-    """(code - zero) · scale: codes -8 … 7, with a scale and perhaps a zero point for each group of rows of a column.
-
-    Two codes to a byte, the even row in the low half: a TPU kernel reinterprets the bytes as a packed `jnp.int4` of
-    twice the rows, whose conversion to int8 is one instruction for 4,096 codes, while arrays of `jnp.int4` take a byte
-    per element on a host and on disk.
-    """
-
-    codes: jax.Array  # uint8 [ceil(K / 2), N], two's complement
-    scale: jax.Array  # floating [ceil(K / group), N]
-    zero: jax.Array | None = None  # int8 [ceil(K / group), N]
-    rows: int = dataclasses.field(metadata=STATIC)  # K
-    group: int = dataclasses.field(metadata=STATIC)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(..., K, N)."""
-        return *self.codes.shape[:-2], self.rows, self.codes.shape[-1]
-
-    def materialize(self) -> jax.Array:
-        """Float32 [K, N]."""
-        codes = signed(unpack(self.codes)[: self.rows]).astype(jnp.float32)
-        if self.zero is not None:
-            codes = codes - spread(self.zero, self.group, self.rows).astype(jnp.float32)
-        return codes * spread(self.scale.astype(jnp.float32), self.group, self.rows)
-
-    def take_columns(self, columns: jax.Array) -> jax.Array:
-        """See `Format.take_columns`."""
-        return jax.tree.map(lambda leaf: jnp.take(leaf, columns, axis=-1), self).materialize()
 
 
 @jax.tree_util.register_dataclass
@@ -149,40 +115,21 @@ class Outliers(Format):
         return self.body.take_columns(columns).at[self.columns].set(values, mode="drop")
 
 
-def quantize_int8(w: jax.Array, *, dynamic: bool = False) -> Int8:
-    """Round w [K, N] to nearest, its columns' largest magnitudes to ±127."""
-    codes, scale = round_rows(w.T)
-    return Int8(codes=codes.T, scale=scale, dynamic=dynamic)
+def quantize_int8(w: jax.Array, *, dynamic: bool = False, tensor: bool = False) -> Int8:
+    """Round w [K, N] to nearest, its columns' (of a `tensor`, all its) largest magnitudes to ±127."""
+    codes, scale = _round(w, jnp.int8, tensor)
+    return Int8(codes=codes, scale=scale, dynamic=dynamic)
 
 
-def quantize_float8(w: jax.Array, *, dynamic: bool = False) -> Float8:
-    """Round w [K, N] to nearest, its columns' largest magnitudes to ±448, the largest float8_e4m3fn."""
-    codes, scale = round_rows(w.T, jnp.float8_e4m3fn)
-    return Float8(codes=codes.T, scale=scale, dynamic=dynamic)
+def quantize_float8(w: jax.Array, *, dynamic: bool = False, tensor: bool = False) -> Float8:
+    """Round w [K, N] to nearest, its columns' (of a `tensor`, all its) largest magnitudes to ±448, the largest code."""
+    codes, scale = _round(w, jnp.float8_e4m3fn, tensor)
+    return Float8(codes=codes, scale=scale, dynamic=dynamic)
 
 
-def quantize_int4(w: jax.Array, *, group: int = 128, symmetric: bool = True) -> Int4:
-    """Round w [K, N] to nearest in groups of `group` rows (the last may be shorter).
-
-    `symmetric` uses codes -7 … 7; otherwise the range of a group, zero included, goes to -8 … 7 with a zero point.
-
-    Raises:
-        ValueError: `group` is odd or not positive.
-    """
-    if group < 2 or group % 2:
-        raise ValueError(f"quantize_int4: group is {group}, expected an even number of rows")
-    K, _ = w.shape
-    w_GxPxN = blocks(w, group)
-    if symmetric:
-        scale, zero = nonzero(jnp.abs(w_GxPxN).max(1) / 7), None
-    else:
-        least, most = jnp.minimum(w_GxPxN.min(1), 0), jnp.maximum(w_GxPxN.max(1), 0)
-        scale = nonzero((most - least) / 15)
-        zero = (jnp.clip(jnp.round(-least / scale), 0, 15) - 8).astype(jnp.int8)
-    offset = 0 if zero is None else zero[:, None].astype(jnp.float32)
-    codes = jnp.clip(jnp.round(w_GxPxN / scale[:, None]) + offset, -8, 7).astype(jnp.int8)
-    codes = codes.reshape(-1, w.shape[1])[:K]
-    return Int4(codes=pack(codes), scale=scale, zero=zero, rows=K, group=group)
+def _round(w: jax.Array, dtype: Any, tensor: bool) -> tuple[jax.Array, jax.Array]:
+    codes, scale = round_rows(w.ravel() if tensor else w.T, dtype)
+    return codes.reshape(w.shape) if tensor else codes.T, scale
 
 
 def quantize_outliers(w: jax.Array, columns: jax.Array, quantize: Callable[[jax.Array], Format]) -> Outliers:
@@ -218,25 +165,14 @@ def rounded_like_weights(x: jax.Array, w: Format) -> jax.Array:
     return codes.astype(jnp.float32) * scale[..., None]
 
 
+def take_last[W: Format](w: W, columns: jax.Array) -> W:
+    """The columns of these numbers of every leaf but those of the whole matrix."""
+    return jax.tree.map(lambda leaf: jnp.take(leaf, columns, axis=-1) if leaf.ndim else leaf, w)
+
+
 def nonzero(scale: jax.Array) -> jax.Array:
     """1 where the scale is zero or too small to divide by: all codes are then 0."""
     return jnp.where(scale < 1e-30, 1.0, scale)
-
-
-def pack(codes: jax.Array) -> jax.Array:
-    """Integers [K, N] of four bits to uint8 [ceil(K / 2), N], the even row in the low half."""
-    codes = jnp.pad(codes, ((0, codes.shape[0] % 2), (0, 0))).astype(jnp.uint8) & 15
-    return codes[::2] | codes[1::2] << 4
-
-
-def unpack(packed: jax.Array) -> jax.Array:
-    """Uint8 [K / 2, N] to uint8 [K, N], values 0 … 15."""
-    return jnp.stack([packed & 15, packed >> 4], 1).reshape(-1, packed.shape[1])
-
-
-def signed(nibbles: jax.Array) -> jax.Array:
-    """Values 0 … 15 as two's complement of four bits, int8."""
-    return (nibbles ^ 8).astype(jnp.int8) - 8
 
 
 def blocks(w: jax.Array, size: int) -> jax.Array:

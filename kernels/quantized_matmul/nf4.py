@@ -5,12 +5,14 @@ and scales are those that it computes for the matrix stored as [N, K].
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from phyla.kernels.quantized_matmul.formats import STATIC, Format, blocks, pack, spread, unpack
+from phyla.kernels.quantized_matmul.formats import STATIC, Format, blocks, spread
+from phyla.kernels.quantized_matmul.packing import pack, unpack
 
 BLOCK, SCALE_BLOCK = 64, 256
 
@@ -45,6 +47,7 @@ class NF4(Format):
     scale_scales: jax.Array  # float32 [ceil(blocks / 256)]
     scale_mean: jax.Array  # float32 []
     rows: int = dataclasses.field(metadata=STATIC)  # K
+    bits: ClassVar[int] = 4
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 
 from phyla.kernels.dispatch import Unfit
 from phyla.kernels.partition import per_device
-from phyla.kernels.quantized_matmul.formats import Channels, Float8, Format, Int4, Outliers, round_rows
+from phyla.kernels.quantized_matmul.codes import Int4
+from phyla.kernels.quantized_matmul.formats import Channels, Float8, Format, Outliers, round_rows
 from phyla.kernels.quantized_matmul.nf4 import NF4
 from phyla.kernels.quantized_matmul.tpu_codes import matmul_codes
 from phyla.kernels.quantized_matmul.tpu_dense import matmul_dense
@@ -171,11 +172,11 @@ def _results(N: int, most: int) -> int:
 def _arrays(w: Format, group: int) -> dict[str, tuple[jax.Array, str]]:
     """What the kernels take of a weight, and the names of its dimensions for `per_device`."""
     if isinstance(w, Channels):
-        return {"codes": (w.codes, "K H"), "scale": (w.scale[None], "U H")}
+        return {"codes": (w.codes, "K H"), "scale": (jnp.broadcast_to(w.scale, (1, w.shape[1])), "U H")}
     assert isinstance(w, Int4 | NF4)
     pieces = min(w.group, w.rows) // group
-    scale = w.scales() if isinstance(w, NF4) else w.scale.astype(jnp.float32)
-    arrays = {"codes": (w.codes, "K H"), "scale": (jnp.repeat(scale, pieces, 0), "K H")}
+    arrays = {"codes": (w.codes, "K H"), "scale": (jnp.repeat(w.scales(), pieces, 0), "K H")}
     if isinstance(w, Int4) and w.zero is not None:
-        arrays["zero"] = jnp.repeat(w.zero, pieces, 0), "K H"
+        zero = jnp.broadcast_to(w.zero, w.scales().shape)
+        arrays["zero"] = jnp.repeat(zero, pieces, 0), "K H"
     return arrays

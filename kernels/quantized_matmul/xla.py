@@ -11,17 +11,17 @@ import numpy as np
 from phyla.kernels.arguments import align
 from phyla.kernels.dispatch import platform
 from phyla.kernels.quantized_matmul.codebook import Codebook
+from phyla.kernels.quantized_matmul.codes import Codes
 from phyla.kernels.quantized_matmul.formats import (
     Channels,
     Format,
-    Int4,
     Outliers,
     rounded_like_weights,
-    signed,
     spread,
-    unpack,
 )
+from phyla.kernels.quantized_matmul.ggml import Ggml
 from phyla.kernels.quantized_matmul.nf4 import CODE_BOOK, NF4
+from phyla.kernels.quantized_matmul.packing import packed_rows, signed, unit, unpack
 
 ROWS, LEAST, FEW = 256, 64, 32
 """A block's rows; with at most FEW rows of x it is one group if that has at least LEAST rows."""
@@ -80,9 +80,12 @@ class _Blocks:
     """How the rows of a matrix are cut: `whole` times `rows`, then `left`."""
 
     def __init__(self, w: Format, M: int):
-        self.w, self.group = w, w.group if isinstance(w, Int4 | NF4) else 0
-        if self.group >= ROWS:
-            fits = (rows for rows in range(ROWS, 1, -1) if self.group % rows == 0 and rows % 2 == 0)
+        self.w, self.group = w, w.group if isinstance(w, Codes | NF4) else 0
+        if self.group >= max(ROWS, w.shape[0]):  # one group, in any parts
+            self.rows = ROWS
+        elif self.group >= ROWS:
+            assert isinstance(w, Codes)
+            fits = (rows for rows in range(ROWS, 1, -1) if self.group % rows == 0 and rows % unit(w.bits) == 0)
             self.rows = next(fits, self.group)
         elif self.group >= LEAST and M <= FEW:
             self.rows = self.group
@@ -97,21 +100,22 @@ class _Blocks:
             return jax.lax.dynamic_slice_in_dim(w.codes, start, rows), None
         if isinstance(w, Codebook):
             return w.cut(start, rows), None
-        assert isinstance(w, Int4 | NF4)
-        nibbles = unpack(jax.lax.dynamic_slice_in_dim(w.codes, start // 2, (rows + 1) // 2))[:rows]
-        codes_RxN = _quantile(nibbles) if isinstance(w, NF4) else signed(nibbles)
+        if isinstance(w, Ggml):
+            return w.cut(start, rows).T, None
+        assert isinstance(w, Codes | NF4)
+        packed = jax.lax.dynamic_slice_in_dim(w.codes, start * w.bits // 8, packed_rows(rows, w.bits))
+        numbers = unpack(packed, w.bits)[:rows]
+        codes_RxN = _quantile(numbers) if isinstance(w, NF4) else signed(numbers, w.bits)
         first, groups = start // group, (rows + group - 1) // group
         scale = jax.lax.dynamic_slice_in_dim(scales_GxN, first, groups)
-        if isinstance(w, Int4) and w.zero is not None:
-            zero = jax.lax.dynamic_slice_in_dim(w.zero, first, groups)
-            codes_RxN = codes_RxN - (zero if groups == 1 else spread(zero, group, rows))
+        if isinstance(w, Codes) and w.zero is not None:
+            zero = jax.lax.dynamic_slice_in_dim(w.of_groups(w.zero), first, groups)
+            codes_RxN = codes_RxN.astype(jnp.float32) - (zero if groups == 1 else spread(zero, group, rows))
         return (codes_RxN, scale) if groups == 1 else (codes_RxN * spread(scale, group, rows), None)
 
 
 def _scales(w):
-    if isinstance(w, NF4):
-        return w.scales()
-    return w.scale.astype(jnp.float32) if isinstance(w, Int4) else None
+    return w.scales() if isinstance(w, Codes | NF4) else None
 
 
 def _quantile(nibbles):

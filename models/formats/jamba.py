@@ -119,7 +119,7 @@ def to_config(model: ModelConfig) -> dict:
         "mamba_expand": scan.expand if scan.expand % 1 else int(scan.expand),
         "mamba_d_state": scan.state,
         "mamba_d_conv": scan.conv,
-        "mamba_dt_rank": scan.dt_rank or math.ceil(model.width / 16),
+        "mamba_dt_rank": scan.rank(model),
         "mamba_proj_bias": scan.bias,
         "mamba_conv_bias": scan.conv_bias,
         "intermediate_size": dense.hidden(model),

@@ -59,7 +59,7 @@ def to_config(model: ModelConfig) -> dict:
         "intermediate_size": mixer.inner(model),
         "state_size": mixer.state,
         "conv_kernel": mixer.conv,
-        "time_step_rank": mixer.dt_rank or math.ceil(model.width / 16),
+        "time_step_rank": mixer.rank(model),
         "use_bias": mixer.bias,
         "use_conv_bias": mixer.conv_bias,
         "layer_norm_epsilon": model.norm_epsilon,

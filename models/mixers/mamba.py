@@ -50,6 +50,10 @@ class MambaConfig(LayerConfig):
         """The inner width."""
         return round(self.expand * model.width)
 
+    def rank(self, model: ModelConfig) -> int:
+        """Of the step size's projection."""
+        return self.dt_rank or math.ceil(model.width / 16)
+
     def flops_per_token(self, model: ModelConfig, length: int) -> float:
         """See `LayerConfig.flops_per_token`: per channel, 2 for each tap and 6 for each state (and one exp)."""
         return self.inner(model) * (2 * self.conv + 7 * self.state)
@@ -70,7 +74,7 @@ class Mamba(Layer):
         self.config = config
         d, inner, N = model.width, config.inner(model), config.state
         self.inner = inner
-        self.dt_rank = config.dt_rank or math.ceil(d / 16)
+        self.dt_rank = config.rank(model)
         self.in_proj = Linear((d, 2 * inner), ("embed", "inner"), rngs, bias=config.bias)
         self.conv_weight = parameter(
             taps(config.conv), (config.conv, inner), ("conv", "inner"), rngs, weight_decay=True

@@ -30,7 +30,9 @@ class RWKV6Config(LayerConfig):
     """The time mixing of RWKV-6: linear attention with a decay for each token and channel."""
 
     head_dim: int = 64
-    """K, keys and values of a head; the width is a multiple of it."""
+    """K, keys and values of a head."""
+    heads: int | None = None
+    """H; None: width / head_dim, which it must divide."""
     mix_rank: int = 32
     """Rank of what a token adds to the weights of its token shift."""
     decay_rank: int = 64
@@ -38,15 +40,21 @@ class RWKV6Config(LayerConfig):
 
     def build(self, model: ModelConfig, rngs: nnx.Rngs, layer: jax.Array | int) -> "RWKV6":
         """See `LayerConfig.build`."""
-        check_divides("rwkv6.head_dim", self.head_dim, "model.width", model.width)
-        for name in ("mix_rank", "decay_rank"):
-            if getattr(self, name) < 1:
-                raise UserError(f"rwkv6.{name} must be at least 1, not {getattr(self, name)}")
+        if self.heads is None:
+            check_divides("rwkv6.head_dim", self.head_dim, "model.width", model.width)
+        for name in ("head_dim", "heads", "mix_rank", "decay_rank"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"rwkv6.{name} must be at least 1, not {value}")
         return RWKV6(self, model, rngs, layer)
+
+    def inner(self, model: ModelConfig) -> int:
+        """The width of all heads."""
+        return model.width if self.heads is None else self.heads * self.head_dim
 
     def flops_per_token(self, model: ModelConfig, length: int) -> float:
         """See `LayerConfig.flops_per_token`: 5 for each number of the state."""
-        return 5 * model.width * self.head_dim
+        return 5 * self.inner(model) * self.head_dim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +83,9 @@ class RWKV6(Layer):
 
     def __init__(self, config: RWKV6Config, model: ModelConfig, rngs: nnx.Rngs, layer: jax.Array | int):
         self.width, self.head_dim = D, _ = model.width, config.head_dim
+        self.inner = inner = config.inner(model)
         depth, ahead = depths(model, layer)
-        channel, ramp = jnp.arange(D) / max(D - 1, 1), jnp.arange(D) / D
+        channel, ramp = jnp.arange(inner) / max(inner - 1, 1), jnp.arange(D) / D
         # How much of the token before is in each; `mix_x` in what decides how much more.
         shares = dict.fromkeys("xwk", 1 - ramp**ahead)
         shares |= {"v": 1 - ramp**ahead - 0.3 * depth} | dict.fromkeys("rg", 1 - ramp ** (0.5 * ahead))
@@ -89,27 +98,27 @@ class RWKV6(Layer):
         self.mix_up = nnx.List([up((config.mix_rank, D), ("rank", "embed")) for _ in MIXED])
         self.time_decay = vector(-6 + 5 * channel ** (0.7 + 1.3 * depth), "inner", rngs, learning_rate=2.0)
         self.decay_down = down((D, config.decay_rank), ("embed", "rank"))
-        self.decay_up = up((config.decay_rank, D), ("rank", "inner"))
-        zigzag = 0.1 * ((jnp.arange(D) + 1) % 3 - 1)
+        self.decay_up = up((config.decay_rank, inner), ("rank", "inner"))
+        zigzag = 0.1 * ((jnp.arange(inner) + 1) % 3 - 1)
         self.time_first = vector(depth * (1 - channel) + zigzag, "inner", rngs)
-        self.receptance = Linear((D, D), ("embed", "inner"), rngs, init=orthogonal(1.0))
-        self.key = Linear((D, D), ("embed", "inner"), rngs, init=orthogonal(0.1))
-        self.value = Linear((D, D), ("embed", "inner"), rngs, init=orthogonal(1.0))
-        self.gate = Linear((D, D), ("embed", "inner"), rngs, init=orthogonal(0.1))
-        self.output = Linear((D, D), ("inner", "embed"), rngs, init=constant(0.0))
-        self.norm_scale = vector(jnp.full(D, ((1 + layer) / model.layers) ** 0.7), "inner", rngs)
-        self.norm_bias = vector(jnp.zeros(D), "inner", rngs)
+        self.receptance = Linear((D, inner), ("embed", "inner"), rngs, init=orthogonal(1.0))
+        self.key = Linear((D, inner), ("embed", "inner"), rngs, init=orthogonal(0.1))
+        self.value = Linear((D, inner), ("embed", "inner"), rngs, init=orthogonal(1.0))
+        self.gate = Linear((D, inner), ("embed", "inner"), rngs, init=orthogonal(0.1))
+        self.output = Linear((inner, D), ("inner", "embed"), rngs, init=constant(0.0))
+        self.norm_scale = vector(jnp.full(inner, ((1 + layer) / model.layers) ** 0.7), "inner", rngs)
+        self.norm_bias = vector(jnp.zeros(inner), "inner", rngs)
 
     def initial_state(self, batch: int, length: int) -> RWKV6State:
         """Zeros; the same size for any length."""
         D, K = self.width, self.head_dim
-        return RWKV6State(jnp.zeros((batch, D)), jnp.zeros((batch, D // K, K, K)), start(batch))
+        return RWKV6State(jnp.zeros((batch, D)), jnp.zeros((batch, self.inner // K, K, K)), start(batch))
 
     def __call__(
         self, x: jax.Array, state: RWKV6State | None = None, segment_ids: jax.Array | None = None
     ) -> tuple[jax.Array, RWKV6State | None]:
         """[B, T, D] -> [B, T, D] and the state after the last token (None if None was given)."""
-        B, T, D = x.shape
+        B, T, _ = x.shape
         last = wkv = None
         if state is not None:
             last, wkv = carry(state.cursor, segment_ids, (state.last, state.wkv))
@@ -119,8 +128,8 @@ class RWKV6(Layer):
         def share(name: str) -> jax.Array:
             return getattr(self, f"mix_{name}")[...].astype(x.dtype)
 
-        def heads(x_BxTxD: jax.Array) -> jax.Array:
-            return x_BxTxD.reshape(B, T, -1, self.head_dim)
+        def heads(x_BxTxI: jax.Array) -> jax.Array:
+            return x_BxTxI.reshape(B, T, -1, self.head_dim)
 
         low = jnp.split(jnp.tanh(self.mix_down(x + change * share("x"))), len(MIXED), axis=-1)
         more = (up(part) for up, part in zip(self.mix_up, low, strict=True))
@@ -135,8 +144,8 @@ class RWKV6(Layer):
             initial_state=wkv,
             segment_ids=segment_ids,
         )
-        y_BxTxD = _normalised(y_BxTxHxK).reshape(B, T, D) * self.norm_scale[...] + self.norm_bias[...]
-        y_BxTxD = self.output((y_BxTxD * jax.nn.silu(self.gate(xg).astype(jnp.float32))).astype(x.dtype))
+        y_BxTxI = _normalised(y_BxTxHxK).reshape(B, T, self.inner) * self.norm_scale[...] + self.norm_bias[...]
+        y_BxTxD = self.output((y_BxTxI * jax.nn.silu(self.gate(xg).astype(jnp.float32))).astype(x.dtype))
         if state is None:
             return y_BxTxD, None
         return y_BxTxD, RWKV6State(last, wkv, advance(state.cursor, segment_ids, B, T)[2])

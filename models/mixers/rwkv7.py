@@ -29,7 +29,9 @@ class RWKV7Config(LayerConfig):
     """The time mixing of RWKV-7: a matrix state for each head, written and erased at keys."""
 
     head_dim: int = 64
-    """K, keys and values of a head; the width is a multiple of it."""
+    """K, keys and values of a head."""
+    heads: int | None = None
+    """H; None: width / head_dim, which it must divide. Blocks that share a value have as many."""
     value_residual: bool = True
     """Mix the values with those of the first RWKV-7 block; False for that block itself."""
     decay_rank: int | None = None
@@ -43,11 +45,20 @@ class RWKV7Config(LayerConfig):
 
     def build(self, model: ModelConfig, rngs: nnx.Rngs, layer: jax.Array | int) -> "RWKV7":
         """See `LayerConfig.build`."""
-        check_divides("rwkv7.head_dim", self.head_dim, "model.width", model.width)
+        if self.heads is None:
+            check_divides("rwkv7.head_dim", self.head_dim, "model.width", model.width)
+        for name in ("head_dim", "heads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"rwkv7.{name} must be at least 1, not {value}")
         for name, rank in self.ranks(model).items():
             if rank < 1:
                 raise UserError(f"rwkv7.{name}_rank must be at least 1, not {rank}")
         return RWKV7(self, model, rngs, layer)
+
+    def inner(self, model: ModelConfig) -> int:
+        """The width of all heads."""
+        return model.width if self.heads is None else self.heads * self.head_dim
 
     def ranks(self, model: ModelConfig) -> dict[str, int]:
         """The four ranks."""
@@ -61,7 +72,7 @@ class RWKV7Config(LayerConfig):
 
     def flops_per_token(self, model: ModelConfig, length: int) -> float:
         """See `LayerConfig.flops_per_token`: 9 for each number of the state."""
-        return 9 * model.width * self.head_dim
+        return 9 * self.inner(model) * self.head_dim
 
 
 class RWKV7State(NamedTuple):
@@ -75,13 +86,13 @@ class RWKV7State(NamedTuple):
 class LowRank(nnx.Module):
     """up(activation(down(x))): the same for every token at first."""
 
-    def __init__(self, width: int, rank: int, rngs: nnx.Rngs):
+    def __init__(self, width: int, rank: int, inner: int, rngs: nnx.Rngs):
         linear = functools.partial(Linear, rngs=rngs, precise="of low rank, and it decides on the decay or a rate")
         self.down = linear((width, rank), ("embed", "rank"), init=constant(0.0))
-        self.up = linear((rank, width), ("rank", "inner"), init=orthogonal(0.1 * max(1, rank / width) ** 0.5))
+        self.up = linear((rank, inner), ("rank", "inner"), init=orthogonal(0.1 * max(1, rank / inner) ** 0.5))
 
     def __call__(self, x: jax.Array, activation: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
-        """[..., D] -> float32 [..., D]."""
+        """[..., D] -> float32 [..., inner]."""
         low = self.down(x)
         return self.up(low if activation is None else activation(low)).astype(jnp.float32)
 
@@ -93,19 +104,19 @@ class RWKV7(Layer):
 
     def __init__(self, config: RWKV7Config, model: ModelConfig, rngs: nnx.Rngs, layer: jax.Array | int):
         self.config = config
-        self.width = D = model.width
+        self.width, self.inner = D, inner = model.width, config.inner(model)
         K = config.head_dim
         ranks = config.ranks(model)
         depth = layer / max(model.layers - 1, 1)  # 0 to 1
         ahead = 1 - layer / model.layers  # 1 to almost 0
-        linear = jnp.arange(D) / max(D - 1, 1)
-        zigzag = (jnp.arange(D) % K - (K - 1) / 2) / max((K - 1) / 2, 0.5)
+        linear = jnp.arange(inner) / max(inner - 1, 1)
+        zigzag = (jnp.arange(inner) % K - (K - 1) / 2) / max((K - 1) / 2, 0.5)
         zigzag = zigzag * jnp.abs(zigzag)
 
         def vector(init: jax.Array | float, axis: str = "inner", learning_rate: float = 1.0) -> nnx.Param:
             return parameter(
                 lambda key, shape: jnp.broadcast_to(jnp.asarray(init), shape),
-                (D,),
+                (D if axis == "norm" else inner,),
                 (axis,),
                 rngs,
                 learning_rate=learning_rate,
@@ -114,18 +125,18 @@ class RWKV7(Layer):
         for name, power in (("r", 0.2), ("w", 0.9), ("k", 0.7), ("v", 0.7), ("a", 0.9), ("g", 0.2)):
             setattr(self, f"x_{name}", vector(1 - (jnp.arange(D) / D) ** (power * ahead), axis="norm"))
         bound = 0.5 * D**-0.5
-        self.receptance = Linear((D, D), ("embed", "inner"), rngs, init=uniform(bound))
-        self.key = Linear((D, D), ("embed", "inner"), rngs, init=uniform(0.1 * bound))
-        self.value = Linear((D, D), ("embed", "inner"), rngs, init=uniform(bound))
-        self.output = Linear((D, D), ("inner", "embed"), rngs, init=constant(0.0))
+        self.receptance = Linear((D, inner), ("embed", "inner"), rngs, init=uniform(bound))
+        self.key = Linear((D, inner), ("embed", "inner"), rngs, init=uniform(0.1 * bound))
+        self.value = Linear((D, inner), ("embed", "inner"), rngs, init=uniform(bound))
+        self.output = Linear((inner, D), ("inner", "embed"), rngs, init=constant(0.0))
         self.w0 = vector(-5.5 + 6 * linear ** (1 + depth**0.3) + 2.5 * zigzag, learning_rate=2.0)
-        self.w = LowRank(D, ranks["decay"], rngs)
+        self.w = LowRank(D, ranks["decay"], inner, rngs)
         self.a0 = vector(-0.19 + 0.3 * zigzag + 0.4 * (linear - 0.5))
-        self.a = LowRank(D, ranks["rate"], rngs)
-        self.g = LowRank(D, ranks["gate"], rngs)
+        self.a = LowRank(D, ranks["rate"], inner, rngs)
+        self.g = LowRank(D, ranks["gate"], inner, rngs)
         if config.value_residual:
             self.v0 = vector(0.73 - 0.4 * (linear - 0.5))
-            self.v = LowRank(D, ranks["value"], rngs)
+            self.v = LowRank(D, ranks["value"], inner, rngs)
         self.k_k = vector(0.71 - 0.1 * (linear - 0.5))
         self.k_a = vector(1.02)
         self.r_k = vector(-0.04)
@@ -135,7 +146,7 @@ class RWKV7(Layer):
     def initial_state(self, batch: int, length: int) -> RWKV7State:
         """Zeros; the same size for any length."""
         D, K = self.width, self.config.head_dim
-        return RWKV7State(jnp.zeros((batch, D)), jnp.zeros((batch, D // K, K, K)), start(batch))
+        return RWKV7State(jnp.zeros((batch, D)), jnp.zeros((batch, self.inner // K, K, K)), start(batch))
 
     def __call__(
         self,
@@ -148,7 +159,7 @@ class RWKV7(Layer):
 
         Raises UserError for a value residual without a value: no RWKV-7 block comes before this one.
         """
-        B, T, D = x.shape
+        B, T, _ = x.shape
         last = wkv = None
         if state is not None:
             last, wkv = carry(state.cursor, segment_ids, (state.last, state.wkv))
@@ -158,8 +169,8 @@ class RWKV7(Layer):
         def mixed(name: str) -> jax.Array:
             return x + change * getattr(self, f"x_{name}")[...].astype(x.dtype)
 
-        def heads(x_BxTxD: jax.Array) -> jax.Array:
-            return x_BxTxD.reshape(B, T, -1, self.config.head_dim)
+        def heads(x_BxTxI: jax.Array) -> jax.Array:
+            return x_BxTxI.reshape(B, T, -1, self.config.head_dim)
 
         xv = mixed("v")
         r, k, v = self.receptance(mixed("r")), self.key(mixed("k")), self.value(xv)
@@ -184,8 +195,8 @@ class RWKV7(Layer):
             segment_ids=segment_ids,
         )
         bonus_BxTxHxK = jnp.sum(heads(r * k * self.r_k[...]), -1, keepdims=True) * heads(v)
-        y_BxTxD = _normalised(y_BxTxHxK).reshape(B, T, D) * self.norm_scale[...] + self.norm_bias[...]
-        y_BxTxD = self.output(((y_BxTxD + bonus_BxTxHxK.reshape(B, T, D)) * gate).astype(x.dtype))
+        y_BxTxI = _normalised(y_BxTxHxK).reshape(B, T, self.inner) * self.norm_scale[...] + self.norm_bias[...]
+        y_BxTxD = self.output(((y_BxTxI + bonus_BxTxHxK.reshape(B, T, self.inner)) * gate).astype(x.dtype))
         value = v if value is None else value
         if state is None:
             return y_BxTxD, None, value

@@ -12,10 +12,11 @@ from flax import nnx
 from jax.scipy.stats import norm
 
 from phyla import configs
-from phyla.compression.calibrate import moments
+from phyla.compression.calibrate import Columns, moments
 from phyla.compression.compress import abstract, compress
 from phyla.compression.matrices import dotted, places, replace, weights
 from phyla.compression.recipes import METHODS, parse
+from phyla.kernels.quantized_matmul.ggml import KINDS, fitting
 from phyla.models.config import BlockConfig, ModelConfig
 from phyla.models.errors import UserError
 from phyla.models.language_model import LanguageModel
@@ -23,7 +24,16 @@ from phyla.models.mixers.mlstm import MLSTMBlockConfig
 from phyla.models.quantized import Quantized
 from phyla.models.weights import Weight, materialize, parameter
 
+gguf = pytest.importorskip("gguf")
 ROUNDED = ("int8", "int4", "int4-g8", "nf4", "float8")
+MORE = {
+    "transformer": "int3-g8",
+    "mamba": "int4-g8-asym",
+    "jamba": "q8_0",
+    "rwkv": "int2-g8",
+    "xlstm": "int8-tensor",
+}
+"""Others, of which a family has one and slow tests all."""
 TOKENS = jax.random.randint(jax.random.key(7), (2, 12), 0, 61)
 
 
@@ -37,9 +47,9 @@ def config(family: str) -> ModelConfig:
 
 
 @functools.cache
-def built(family: str) -> LanguageModel:
+def built(family: str, groups: int | None = None) -> LanguageModel:
     """With random values wherever the initialisation has zeros."""
-    model = LanguageModel(config(family), nnx.Rngs(0))
+    model = LanguageModel(dataclasses.replace(config(family), groups=groups), nnx.Rngs(0))
     rng = np.random.default_rng(0)
     for _, variable in nnx.to_flat_state(nnx.state(model)):
         variable[...] = np.asarray(variable[...]) + 0.1 * rng.standard_normal(variable.shape, np.float32)
@@ -84,6 +94,12 @@ def rounded(W: np.ndarray, name: str) -> np.ndarray:
     K, N = W.shape
     if name == "nf4":
         return double_quantized(W.astype(np.float64))
+    if name in KINDS:
+        kind = gguf.GGMLQuantizationType[str(fitting(name, K)).upper()]
+        return gguf.dequantize(gguf.quantize(np.ascontiguousarray(W.T), kind), kind).T
+    if name.endswith("-tensor"):
+        return rounded(W.reshape(-1, 1), name.removesuffix("-tensor")).reshape(W.shape)
+    name, asymmetric = name.removesuffix("-asym"), name.endswith("-asym")
     group = int(name.partition("-g")[2] or K)
     out = np.zeros((K, N))
     for n in range(N):
@@ -94,8 +110,14 @@ def rounded(W: np.ndarray, name: str) -> np.ndarray:
                 out[k : k + group, n] = (
                     np.float32(w / (most / 448)).astype(jnp.float8_e4m3fn).astype(float) * most / 448
                 )
+            elif asymmetric:
+                levels = 2 ** int(name[3]) - 1
+                low = min(w.min(), 0)
+                step = (max(w.max(), 0) - low) / levels
+                zero = np.round(-low / step)
+                out[k : k + group, n] = (np.clip(np.round(w / step) + zero, 0, levels) - zero) * step
             else:
-                step = most / (127 if name == "int8" else 7)
+                step = most / (2 ** (int(name[3]) - 1) - 1)
                 out[k : k + group, n] = np.round(w / step) * step
     return out
 
@@ -133,8 +155,18 @@ def double_quantized(W: np.ndarray) -> np.ndarray:
     return (book[codes] * (centred + scale.mean())[:, None]).reshape(N, G * 64)[:, :K].T
 
 
-@pytest.mark.parametrize("method", ROUNDED)
-@pytest.mark.parametrize("family", configs.SMALL)
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        *((family, method) for family in configs.SMALL for method in (*ROUNDED, MORE[family])),
+        *(
+            pytest.param(family, method, marks=pytest.mark.slow)
+            for family in configs.SMALL
+            for method in (*MORE.values(), "q4_k", "q6_k", "float8-tensor", "int2-asym")
+            if method != MORE[family]
+        ),
+    ],
+)
 def test_rounding(family, method):
     """Each matrix of each stack is rounded by itself; the rest keep their bits; the given model is not touched."""
     before = values(built(family))
@@ -167,10 +199,12 @@ def test_rounding(family, method):
         ("jamba", "nf4"),
         ("rwkv", "int4"),
         ("xlstm", "float8"),
+        *MORE.items(),
         *(
             pytest.param(family, method, marks=pytest.mark.slow)
             for family in configs.SMALL
-            for method in (*ROUNDED, "int8@embedding+nf4")
+            for method in (*ROUNDED, *MORE.values(), "int8@embedding+nf4", "q4_k_m", "int3-g16-asym-mse")
+            if method != MORE[family]
         ),
     ],
 )
@@ -344,7 +378,8 @@ def test_a_decode_step_makes_no_dense_matrix(optimised):
 
 
 def test_names():
-    for name in (*METHODS, "int4-g128", "magnitude-12.5%", "magnitude-1:16", "nf4@blocks.0"):
+    others = ("int4-g128", "magnitude-12.5%", "magnitude-1:16", "nf4@blocks.0", "int2", "int3-g32", "float8-tensor")
+    for name in (*METHODS, *others, *KINDS, "gptq-int3-asym-mse", "int2-tensor-asym", "int8-mse", "budget-3@mixer"):
         (recipe,) = parse(name)
         assert str(recipe) == name
     chained = "magnitude-50%-global+int8@embedding+nf4"
@@ -352,8 +387,10 @@ def test_names():
     for name, error in {
         "int5": "no method 'int5'; nearest: int",
         "int8+": "no method ''",
-        "int4-g63": "int4-g63: a group is an even number; nearest: int4-g64",
+        "int4-g63": "int4-g63: a group is a multiple of 2; nearest: int4-g64",
         "int4-g0": "nearest: int4-g2",
+        "int3-g60": "int3-g60: a group is a multiple of 8; nearest: int3-g64",
+        "q5_k": "no method 'q5_k'; nearest: q4_k",
         "magnitude-4:4": "nearest: magnitude-3:4",
         "magnitude-0:2": "nearest: magnitude-1:2",
         "magnitude-100%": "more than 0 and less than 100 %",
@@ -394,27 +431,41 @@ class Noted(Weight):
         return super().grouped_matmul(x, sizes)
 
 
-@pytest.mark.parametrize("family", configs.SMALL)
-def test_moments_are_those_of_what_each_matrix_multiplies(family):
-    """Against the vectors themselves, in float64."""
-    found = moments(built(family), batches())
+@pytest.mark.parametrize(("family", "groups"), [*((family, None) for family in configs.SMALL), ("transformer", 1)])
+def test_moments_are_those_of_what_each_matrix_multiplies(family, groups):
+    """Against the vectors themselves, in float64. Where layers share a matrix, its uses' maxima are added."""
+    found = moments(built(family, groups), batches())
     assert found.keys() == {place.path for place in places(built(family)) if place.kind == "matrix"}
-    model = nnx.clone(built(family))
+    model = nnx.clone(built(family, groups))
     expected = {path: np.zeros((math.prod(moment.shape[:-2]), *moment.shape[-2:])) for path, moment in found.items()}
+    figures = {path: np.zeros((len(Columns._fields), *moment.shape[:-1])) for path, moment in expected.items()}
 
     def add(path, number, x, sizes=None):
         rows = np.split(np.float64(x).reshape(-1, x.shape[-1]), np.cumsum(sizes)[:-1] if sizes is not None else [])
         for n, x in zip(np.ravel(number), rows, strict=True):
             expected[path][n] += x.T @ x
+            a = np.abs(x)
+            figures[path][:-1, n] += np.stack([a, a**2, a**4, a >= 6, np.ones_like(a)]).sum(1)
+            figures[path][-1, n] = np.maximum(figures[path][-1, n], a.max(0, initial=0))
 
     for path in found:
         replace(model, path, Noted(materialize(weights(model)[path]), functools.partial(add, path)))
     for tokens, segment_ids in batches():
         nnx.jit(lambda model, *given: model.forward(*given).hidden)(model, tokens, None, segment_ids)
     jax.effects_barrier()
+    uses = 1 if groups is None else built(family).config.repeats // groups
     for path, moment in found.items():
         close = {"rtol": 1e-3, "atol": 1e-4 * expected[path].max(), "err_msg": dotted(path)}
         np.testing.assert_allclose(moment, expected[path].reshape(moment.shape), **close)
+        *sums, largest = (value.reshape(moment.shape[:-1]) for value in figures[path])
+        columns = found.columns[path]
+        for sum_, value in zip(columns[:-1], sums, strict=True):
+            np.testing.assert_allclose(sum_, value, rtol=1e-3, atol=1e-4 * value.max(), err_msg=dotted(path))
+        if uses == 1:
+            np.testing.assert_allclose(columns.largest, largest, rtol=1e-4, err_msg=dotted(path))
+        else:
+            assert (largest * 0.999 <= columns.largest).all()
+            assert (columns.largest <= largest * 1.001 * uses).all()
 
 
 def hidden(model: LanguageModel) -> np.ndarray:
@@ -429,7 +480,7 @@ def test_methods_that_read_text(family, methods):
     """They change what others of their kind change, and the model's answers to that text less."""
     better, plain = methods
     model = built(family)
-    (step,) = compress(model, parse(better), lambda model: moments(model, batches()))
+    (step,) = compress(model, parse(better), lambda model, measure: measure(model, batches()))
     if plain:
         (other,) = compress(model, parse(plain))
         assert step.changed == other.changed
@@ -447,7 +498,8 @@ def test_methods_that_read_text(family, methods):
                 assert (np.where(kept, score, np.inf).min(-2) >= np.where(kept, 0, score).max(-2)).all()
 
 
-def test_without_text_gptq_is_rounding_to_nearest():
-    ours, nearest = (values(compress(built("mamba"), parse(name))[-1].model) for name in ("gptq-int4-g8", "int4-g8"))
+@pytest.mark.parametrize("name", ["int4-g8", "int3-g16-asym"])
+def test_without_text_gptq_is_rounding_to_nearest(name):
+    ours, nearest = (values(compress(built("mamba"), parse(each))[-1].model) for each in (f"gptq-{name}", name))
     for name, w in ours.items():
         np.testing.assert_array_equal(w, nearest[name], err_msg=name)

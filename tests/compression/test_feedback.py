@@ -103,3 +103,24 @@ def test_sparsegpt_zeroes_a_share_of_every_block():
     assert np.count_nonzero(found[128:]) == 11 * N
     magnitude = np.where(np.abs(W) < np.median(np.abs(W)), 0, W)
     assert error(x, W, found) < 0.75 * error(x, W, magnitude)
+
+
+def test_gptq_of_bounds_that_differ():
+    """As with zero points: every code within its own element's bounds, as the plain form has it."""
+    W, _, moment = problem()
+    step = np.tile(np.ptp(W, axis=0) / 7, (K, 1))
+    zero = np.round(-W.min(0) / step) - 4
+    least, most = -4 - zero, 3 - zero
+    order = np.argsort(-np.diag(moment))
+    expected = np.zeros((K, N))
+    expected[order] = brain_surgeon(
+        W[order],
+        moment[order][:, order],
+        lambda i, W, _: np.clip(np.round(W[i] / step[0]), least[0], most[0]) * step[0],
+    )
+    given = (jnp.asarray(a, jnp.float32) for a in (W, moment, step, least, most))
+    codes = np.asarray(gptq(*given))
+    assert np.mean(codes == np.round(expected / step)) > 0.99
+    assert (codes >= least).all()
+    assert (codes <= most).all()
+    assert ((codes == least) | (codes == most)).any()

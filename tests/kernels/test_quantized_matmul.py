@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 from phyla.kernels import quantized_matmul as ops
 from phyla.kernels.dispatch import Unfit
 from phyla.kernels.quantized_matmul import quantized_matmul, tpu
-from phyla.kernels.quantized_matmul.formats import unpack
 from phyla.kernels.quantized_matmul.nf4 import CODE_BOOK, dynamic_value
+from phyla.kernels.quantized_matmul.packing import unpack
 from phyla.training import targets
 
 # JAX writes programs for absent chips to its cache, and cannot read them.
@@ -33,7 +33,19 @@ QUANTIZE = {
     "nf4": ops.quantize_nf4,
     "LLM.int8": lambda w: ops.quantize_llm_int8(w, jnp.asarray(COLUMNS)),
     "nf4 with outliers": lambda w: ops.quantize_outliers(w, jnp.asarray(COLUMNS), ops.quantize_nf4),
+    "int8 of one scale": functools.partial(ops.quantize_int8, tensor=True),
+    "float8 of one scale": functools.partial(ops.quantize_float8, tensor=True),
+    "int4 of one scale": functools.partial(ops.quantize_int4, tensor=True, symmetric=False),
 }
+NO_KERNEL = {
+    "int3": functools.partial(ops.quantize_int3, group=40),
+    "int3 of one group": functools.partial(ops.quantize_int3, group=None),
+    "int2 with zeros": functools.partial(ops.quantize_int2, group=32, symmetric=False),
+    "int2 of large groups": functools.partial(ops.quantize_int2, group=520),
+    "int8 with zeros": functools.partial(ops.quantize_codes, bits=8, group=32, symmetric=False),
+}
+"""Those that XLA alone multiplies."""
+ALL = QUANTIZE | NO_KERNEL
 SIZES = {  # K, N, M, dtype
     "one block": (64, 128, 3, "bfloat16"),
     "an odd one": (37, 9, 1, "float32"),
@@ -69,16 +81,24 @@ def dense(w):
     if isinstance(w, ops.Int8 | ops.Float8):
         return np.asarray(w.codes, np.float64) * np.asarray(w.scale, np.float64)
     codes, (K, N) = np.asarray(w.codes), w.shape
-    number = np.zeros((K, N), int)
-    number[0::2], number[1::2] = codes[: (K + 1) // 2] & 15, (codes >> 4)[: K // 2]
+    number = np.array([numbers(codes, k, w.bits) for k in range(K)], int)
     group = np.arange(K) // w.group
     if isinstance(w, ops.NF4):
         order = np.arange(N) * len(w.scale_codes) + np.arange(len(w.scale_codes))[:, None]  # by column, then down it
         scale = DYNAMIC_MAP[np.asarray(w.scale_codes)] * np.asarray(w.scale_scales, np.float64)[order // 256]
         return CODE_BOOK.astype(np.float64)[number] * (scale + float(w.scale_mean))[group]
-    number = np.where(number > 7, number - 16, number)
-    zero = 0 if w.zero is None else np.asarray(w.zero, int)[group]
-    return (number - zero) * np.asarray(w.scale, np.float64)[group]
+    number = np.where(number >= 1 << w.bits - 1, number - (1 << w.bits), number)
+    of_row = lambda a: np.asarray(a, np.float64)[group] if a.ndim else float(a)  # noqa: E731
+    return (number - (0 if w.zero is None else of_row(w.zero))) * of_row(w.scale)
+
+
+def numbers(codes, k, bits):
+    """Row k of packed codes."""
+    if bits == 3:
+        of_eight = codes[k // 8 * 3 :]
+        return (of_eight[k % 8 // 4] >> 2 * (k % 4) & 3) + 4 * (of_eight[2] >> k % 8 & 1)
+    of_byte = 8 // bits
+    return codes[k // of_byte] >> bits * (k % of_byte) & (1 << bits) - 1
 
 
 def dynamic_map():
@@ -129,7 +149,7 @@ def both(call, x, g):
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("quantize", QUANTIZE.values(), ids=QUANTIZE)
+@pytest.mark.parametrize("quantize", ALL.values(), ids=ALL)
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_product_and_gradient(implementation, quantize, size):
     K, N, M, dtype = size
@@ -193,24 +213,55 @@ def check_gpu(name, K, N, M, dtype):
 def test_rounding_to_nearest():
     """Half a step is the largest error; what is scaled to the largest code is exact."""
     W = matrix(600, 5)
-    int8, int4, zeros = (jax.jit(QUANTIZE[name])(W) for name in ("int8", "int4", "int4 with zeros"))
+    int8, int4 = (jax.jit(QUANTIZE[name])(W) for name in ("int8", "int4"))
+    others = [jax.jit(ALL[name])(W) for name in ("int4 with zeros", *NO_KERNEL)]
     assert np.all(np.abs(int8.materialize() - W) <= 0.5001 * int8.scale)
-    for w in (int4, zeros):
+    for w in (int4, *others):
         assert np.all(np.abs(w.materialize() - W) <= 0.5001 * np.repeat(w.scale, w.group, 0)[:600])
     at = np.abs(W).argmax(0), np.arange(5)
     for w in (int8, int4):
         np.testing.assert_allclose(np.abs(w.materialize()[at]).max(), np.abs(W[at]).max(), rtol=1e-6)
-    for quantize in QUANTIZE.values():
+    for quantize in ALL.values():
         assert np.all(jax.jit(lambda w, quantize=quantize: quantize(w).materialize())(W * 0) == 0)
 
 
-@pytest.mark.parametrize("quantize", QUANTIZE.values(), ids=QUANTIZE)
+@pytest.mark.parametrize("quantize", ALL.values(), ids=ALL)
 def test_single_columns(quantize):
     """As an embedding looks them up: in any order, one more than once, the last with an incomplete block of scales."""
     w = jax.jit(quantize)(matrix(300, 61))
     columns = np.array([60, 3, 3, 0, 51])
     found = jax.jit(lambda w: w.take_columns(jnp.asarray(columns)))(w)
     np.testing.assert_allclose(found, dense(w)[:, columns], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"group": 32}, {"group": 32, "symmetric": False}, {"tensor": True}], ids=str)
+def test_clipping_for_the_least_squared_error(options):
+    """Against a search over the same ratios in float64; better than the whole range in every group."""
+    W = matrix(96, 7)
+    W64 = np.asarray(W, np.float64)
+    groups = [W64] if "tensor" in options else [W64[k : k + 32, n] for k in range(0, 96, 32) for n in range(7)]
+    symmetric = options.get("symmetric", True)
+    for bits in (2, 3, 4):
+        least, most = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        found, whole = (
+            dense(jax.jit(functools.partial(ops.quantize_codes, bits=bits, least_squares=clip, **options))(W))
+            for clip in (True, False)
+        )
+        error = 0.0
+        for w in groups:
+            tried = []
+            for r in 1 - np.arange(40) / 50:
+                if symmetric:
+                    scale, zero = r * np.abs(w).max() / most, 0
+                else:
+                    low, high = r * min(w.min(), 0), r * max(w.max(), 0)
+                    scale = (high - low) / (most - least)
+                    zero = np.clip(np.round(-low / scale), 0, most - least) + least
+                code = np.clip(np.round(w / scale) + zero, least, most)
+                tried.append(np.square((code - zero) * scale - w).sum())
+            error += min(tried)
+        np.testing.assert_allclose(np.square(found - W64).sum(), error, rtol=1e-4)
+        assert np.square(found - W64).sum() < (0.9 if bits < 4 else 0.98) * np.square(whole - W64).sum()
 
 
 def test_bits_per_weight():
@@ -220,10 +271,14 @@ def test_bits_per_weight():
         "float8": 8 + 32 / 1024,
         "int4": 4 + 32 / 64,
         "int4 with zeros": 4 + 40 / 32,
+        "int4 of one scale": 4 + 40 / (1024 * 256),
+        "int8 of one scale": 8 + 32 / (1024 * 256),
+        "int3": 3 + 26 * 32 / 1024,
+        "int2 with zeros": 2 + 40 / 32,
         "nf4": 4 + 8 / 64 + 32 / (64 * 256) + 32 / (1024 * 256),
         "LLM.int8": 8 + 32 / 1024 + 3 * 32 / 1024 + 3 * 32 / (1024 * 256),
     }.items():
-        w = jax.eval_shape(jax.vmap(QUANTIZE[name]), W)
+        w = jax.eval_shape(jax.vmap(ALL[name]), W)
         assert w.shape == W.shape
         np.testing.assert_allclose(w.bits_per_weight, bits)
         np.testing.assert_allclose(w.nbytes, bits * W.size / 8)
@@ -310,13 +365,14 @@ def test_outliers_spare_the_others():
         assert error[1] < error[0] / 5
 
 
-@pytest.mark.parametrize("name", ["int8", "int4", "nf4", "LLM.int8"])
+@pytest.mark.parametrize("name", ["int8", "int4", "nf4", "LLM.int8", "int3 of one group", "int2 with zeros", "q4_k"])
 @pytest.mark.parametrize("target", ["cpu", "v5e"])
 def test_a_decode_step_makes_no_dense_copy(target, name, optimised):
     """In XLA's program the dense matrix would take 2 K N or 4 K N bytes. Also backwards, and in a scan over layers."""
     K, N = 4096, 1024
     x, g = (jax.ShapeDtypeStruct((2, size), jnp.bfloat16) for size in (K, N))
-    w = jax.eval_shape(QUANTIZE[name], jax.ShapeDtypeStruct((K, N), jnp.float32))
+    quantize = ALL.get(name) or functools.partial(ops.quantize_ggml, kind=name)
+    w = jax.eval_shape(quantize, jax.ShapeDtypeStruct((K, N), jnp.float32))
     mesh = targets.mesh(target) if target in targets.CHIPS else jax.make_mesh((1,), ("data",))
 
     def one(x, w, g):
@@ -398,5 +454,9 @@ def test_bad_input():
         quantized_matmul(jnp.ones((3, 8)), jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), w))
     with pytest.raises(ValueError, match="did you mean 'xla'"):
         quantized_matmul(jnp.ones((3, 8)), w, implementation="xl")
+    with pytest.raises(Unfit, match="no kernel reads Int3"):
+        quantized_matmul(jnp.ones((3, 8)), ops.quantize_int3(matrix(8, 4)), implementation="tpu")
+    with pytest.raises(ValueError, match="int2: group is 6, expected a multiple of 4"):
+        ops.quantize_int2(matrix(8, 4), group=6)
     with pytest.raises(ValueError, match="group is 3"):
         ops.quantize_int4(matrix(8, 4), group=3)

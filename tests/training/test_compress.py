@@ -136,6 +136,20 @@ def test_it_is_a_run_like_any_other(trained, compressed, tmp_path):
         train(load(out).experiment, out)
 
 
+@pytest.mark.slow
+def test_a_measured_policy_is_recorded_as_what_it_chose(trained, tmp_path):
+    """So that the run loads without measuring again."""
+    record = compress_run(trained, parse("budget-6@channel"), tmp_path / "out", calibration=Calibration(tokens=500))
+    done = run.read_record(tmp_path / "out")["compression"]
+    assert "budget" not in done
+    assert "int" in done
+    assert [row["recipe"] for row in record["steps"]] == [None, "budget-6@channel"]
+    held = [each for each in weights(load(tmp_path / "out").model()).values() if isinstance(each, Weight)]
+    assert sum(each.nbytes for each in held) * 8 <= 6 * sum(np.prod(each.shape) for each in held)
+    found = evaluate_run(tmp_path / "out", json=tmp_path / "evaluation.json").bits_per_byte
+    assert found == pytest.approx(record["steps"][-1]["bits_per_byte"], rel=1e-6)
+
+
 def test_methods_that_read_text_read_what_they_are_told(trained, tmp_path):
     """Another text gives other codes, and the same text the same."""
     (tmp_path / "other.txt").write_text("Pack my box with five dozen liquor jugs. " * 20)
@@ -152,6 +166,23 @@ def test_methods_that_read_text_read_what_they_are_told(trained, tmp_path):
     assert (np.count_nonzero(np.reshape(dense, (-1, 4, dense.shape[-1])), axis=1) <= 2).all()
 
 
+def test_weights_that_wrap_others_are_saved_and_reported(trained, tmp_path):
+    """By the names that the parameters had; what was read, too."""
+    options = Calibration(tokens=500)
+    record = compress_run(trained, parse("rotate+w8a8-tensor"), tmp_path / "out", calibration=options)
+    names = {".".join(map(str, path)) for path in weights(load(trained).model())}
+    assert record["parameters"].keys() | record["left"].keys() == names
+    query = record["parameters"]["periods.blocks.0.mixer.q.weight"]
+    assert query["recipes"] == ["rotate", "w8a8-tensor"]
+    assert query["bits_per_weight"] == pytest.approx(8 + (16 * 32 + 16 * 8 + 32) / 256)  # scales, signs, a scale
+    assert record["activations"]["periods.blocks.0.mixer.q.weight"]["inputs"] == 16
+    assert record["activations"].keys() < names
+    assert record["steps"][-1]["kl"] < 0.05
+    path = ("periods", "blocks", 0, "mixer", "q", "weight")
+    before, after = (materialize(weights(load(folder).model())[path]) for folder in (trained, tmp_path / "out"))
+    np.testing.assert_allclose(after, before, atol=0.03 * np.abs(before).max())
+
+
 def test_an_imported_model_is_exported_dense(tmp_path, capsys):
     """One without a tokenizer, hence without a loss."""
     import_model(LLAMA, tmp_path / "run")
@@ -166,6 +197,49 @@ def test_an_imported_model_is_exported_dense(tmp_path, capsys):
     small, dense, original = found
     np.testing.assert_allclose(small, dense, atol=2e-5 * np.abs(dense).max())
     assert 0 < np.abs(small - original).mean() < 0.1 * np.abs(original).mean()
+
+
+def test_a_smaller_model_is_a_run_like_any_other(trained, tmp_path):
+    """Its configuration is its own, its recipes are remembered, and it is compressed further from where it lies."""
+    out, again = tmp_path / "out", tmp_path / "again"
+    assert main(["compress", str(trained), "prune-heads-50%+int8", "--out", str(out)]) == 0
+    before, after = load(trained), load(out)
+    made = compress(before.model(), parse("prune-heads-50%+int8"))[-1].model
+    equal(after.params, nnx.state(made))
+    mixer = after.experiment.model.pattern[0].mixer
+    assert mixer == AttentionConfig(heads=1, head_dim=8)
+    assert run.read_record(out)["compression"] == "prune-heads-50%+int8"
+    assert any(isinstance(each, Weight) for each in weights(after.model()).values())
+    first, _, last = json.loads((out / "compression.json").read_text())["steps"]
+    assert first["parameters"] - last["parameters"] == 4 * 8 * 16  # q, k, v and o of a head
+    assert evaluate_run(out, json=tmp_path / "e.json").bits_per_byte == pytest.approx(last["bits_per_byte"], rel=1e-5)
+    with pytest.raises(UserError, match=r"prune-neurons-50% takes parts of arrays, and .* is none any more"):
+        compress_run(out, parse("prune-neurons-50%"), again)
+    compress_run(trained, parse("magnitude-30%+prune-heads-50%"), tmp_path / "dense")
+    record = compress_run(tmp_path / "dense", parse("prune-neurons-25%-text+prune-layers-1+int8"), again)
+    assert run.read_record(again)["compression"].startswith("magnitude-30%+prune-heads-50%+prune-neurons-25%-text+")
+    there = {".".join(map(str, path)) for path in weights(load(again).model())}
+    assert record["parameters"].keys() | record["left"].keys() == there
+    assert len(load(again).experiment.model.pattern) == 1
+    with pytest.raises(UserError, match="which is not trained on"):
+        train(load(again).experiment, again)
+
+
+def test_a_smaller_model_is_exported(tmp_path):
+    import_model(LLAMA, tmp_path / "run")
+    compress_run(tmp_path / "run", parse("prune-heads-50%+prune-neurons-25%+tie-layers-3"), tmp_path / "tied")
+    with pytest.raises(UserError, match="can say what this model is"):
+        export_model(tmp_path / "tied", tmp_path / "no", format=None)
+    compress_run(tmp_path / "run", parse("prune-heads-50%+prune-neurons-25%"), tmp_path / "small")
+    export_model(tmp_path / "small", tmp_path / "dense", format=None)
+    found = []
+    for model in (tmp_path / "small", tmp_path / "dense"):
+        write_logits(model, LLAMA / "io.safetensors", tmp_path / "out.safetensors", generate_tokens=0)
+        found.append(load_file(tmp_path / "out.safetensors")["logits"])
+    np.testing.assert_allclose(*found, atol=2e-5 * np.abs(found[0]).max())
+    small, original = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "dense", LLAMA))
+    for name, share in {"num_attention_heads": 0.5, "num_key_value_heads": 0.5, "intermediate_size": 0.75}.items():
+        assert small[name] == share * original[name]
 
 
 def test_masked_tokens():
@@ -195,13 +269,15 @@ def test_masked_tokens():
         (["int8"], "--out must be given"),
         (["--out", "new"], "name at least one method"),
         (["int9", "--out", "new"], "no method 'int9'; nearest: int8"),
-        (["int4-g63", "--out", "new"], "int4-g63: a group is an even number; nearest: int4-g64"),
+        (["int4-g63", "--out", "new"], "int4-g63: a group is a multiple of 2; nearest: int4-g64"),
         (["nf4", "int8", "--out", "new"], "int8 changes nothing in this model: every matrix is quantized already"),
         (["int8@mixer.zz", "--out", "new"], "'mixer.zz' is in no dense parameter's path; nearest: periods"),
         (["int8", "--out", "."], "exists and is not an empty folder"),
         (["gptq-nf4", "--out", "new"], "no method 'gptq-nf4'; nearest: gptq-int4"),
         (["wanda-100%", "--out", "new"], "wanda-100%: more than 0 and less than 100 % can go; nearest: wanda-50%"),
         (["int8", "--tokens", "9", "--out", "new"], "int8 reads no text: leave --calibration and --tokens out"),
+        (["prune-experts-50%", "--out", "new"], "it has no experts; what fits: prune-heads-50%, prune-neurons-50%"),
+        (["int8", "prune-heads-50%", "--out", "new"], "is none any more: put it before what made it so"),
         (["gptq-int4", "--tokens", "0", "--out", "new"], "--tokens must be at least 1, not 0"),
         (["gptq-int4", "--tokens", "9", "--out", "new"], "9 tokens fill no row of data.sequence_length 16 + 1"),
     ],
