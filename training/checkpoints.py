@@ -13,7 +13,6 @@ from flax import nnx
 from orbax.checkpoint import checkpoint_managers
 
 from phyla.compression import entropy, huffman
-from phyla.compression.matrices import dotted
 from phyla.models.errors import UserError
 from phyla.models.formats.source import Lazy
 from phyla.training.step import NOTHING, TrainState
@@ -93,7 +92,7 @@ class Checkpoints:
         if frozen and coded:
             of_bytes, frozen = entropy.split(frozen)
             flat = nnx.to_flat_state(of_bytes)
-            found = huffman.write(self._coded, {dotted(path): np.asarray(leaf[...]) for path, leaf in flat})
+            found = huffman.write(self._coded, {_joined(path): np.asarray(leaf[...]) for path, leaf in flat})
         items = {"params": ocp.args.StandardSave(params)}
         if frozen:
             items["frozen"] = ocp.args.StandardSave(frozen)
@@ -141,8 +140,12 @@ class Checkpoints:
             rest = self._manager.restore(step, args=args)["frozen"]
         arrays = huffman.read(self._coded)
         flat = nnx.to_flat_state(of_bytes)
-        found = [(path, leaf.replace(jax.device_put(arrays[dotted(path)], leaf.sharding))) for path, leaf in flat]
+        found = [(path, leaf.replace(jax.device_put(arrays[_joined(path)], leaf.sharding))) for path, leaf in flat]
         return nnx.merge_state(rest, nnx.from_flat_state(found))
+
+
+def _joined(path: tuple[Any, ...]) -> str:
+    return ".".join(map(str, path))
 
 
 def _rest(state: TrainState) -> dict[str, Any]:

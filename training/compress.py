@@ -215,7 +215,7 @@ def _parameters(steps: list[Step]) -> dict[str, Any]:
         for name in _whole(steps, step.changed):
             recipes.setdefault(name, []).append(str(step.recipe))
     bits = {dotted(path): _bits(weight) for path, weight in weights(steps[-1].model).items()}
-    return {name: {"recipes": done, "bits_per_weight": bits[name]} for name, done in recipes.items() if name in bits}
+    return {name: {"recipes": done, "bits_per_weight": bits[name]} for name, done in recipes.items()}
 
 
 def _left(steps: list[Step]) -> dict[str, str]:

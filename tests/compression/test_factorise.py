@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from phyla import configs
-from phyla.compression.calibrate import moments
 from phyla.compression.compress import abstract, compress
 from phyla.compression.factorise import factors, singular_values
 from phyla.compression.feedback import DAMPING
@@ -85,7 +84,7 @@ def test_half_the_parameters(family):
 @pytest.mark.parametrize("family", ["xlstm", *(pytest.param(f, marks=pytest.mark.slow) for f in configs.SMALL)])
 def test_activations_are_worth_reading(family):
     (plain,), (weighted,) = (
-        compress(built(family), parse(name), lambda model: moments(model, batches()))
+        compress(built(family), parse(name), lambda model, measure: measure(model, batches()))
         for name in ("svd-0.5", "asvd-0.5")
     )
     assert plain.changed == weighted.changed
