@@ -11,7 +11,7 @@ COMMANDS = {
     "train": "train one experiment",
     "finetune": "train on from a run: all of its model, or what a recipe adds to it",
     "compare": "train several at one budget and report which is better",
-    "evaluate": "validation loss of a trained run, on its own data or any other",
+    "evaluate": "validation loss of a trained run, on its own data or any other, or how it solves problems",
     "generate": "continue prompts with a trained run",
     "compress": "make a smaller run of a run: quantized, pruned",
     "import": "make a run of another library's model",

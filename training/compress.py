@@ -163,14 +163,16 @@ def _measured(saved: Saved, calibration: Calibration, model: LanguageModel, meas
     """Of the rows of the text that have no padding."""
     data = saved.experiment.data
     if calibration.source is not None:
-        data = dataclasses.replace(data, source=calibration.source)
+        # a text, also for a run of conversations
+        others = {} if data.template is None else {"template": None, "validation": None, "streaming": False}
+        data = dataclasses.replace(data, source=calibration.source, **others)
     packed = prepare(data, saved.tokenizer, "train", max_tokens=calibration.tokens)
     (full,) = np.nonzero(np.all(packed.segment_ids != 0, axis=1))
     if not len(full):
         raise UserError(f"{calibration.tokens} tokens fill no row of data.sequence_length {data.sequence_length} + 1")
     rows = min(saved.experiment.loop.batch_size, len(full))
     full = full[: len(full) // rows * rows]
-    packed = dataclasses.replace(packed, tokens=packed.tokens[full], segment_ids=packed.segment_ids[full])
+    packed = dataclasses.replace(packed, tokens=packed.tokens[full], segment_ids=packed.segment_ids[full], weights=None)
     ask = make_asker(saved.experiment, saved.tokenizer.mask_id)
     with Reporter() as reporter, reporter.task("calibrate", len(full) // rows, "batches") as task:
 
