@@ -39,6 +39,7 @@ class Checkpoints:
             frozen: whether what of the model is frozen, if anything, is saved.
         """
         self._frozen = frozen
+        self._folder = (folder / "checkpoints").absolute()
         policies = checkpoint_managers.AnyPreservationPolicy(
             [
                 checkpoint_managers.LatestN(keep),
@@ -47,7 +48,7 @@ class Checkpoints:
         )
         self._coded = folder / CODED
         self._manager = ocp.CheckpointManager(
-            (folder / "checkpoints").absolute(),
+            self._folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies,
                 best_fn=lambda metrics: metrics[METRIC],
@@ -123,8 +124,7 @@ class Checkpoints:
     def has(self, step: int, item: str) -> bool:
         """Whether a step has an item."""
         coded = item == "frozen" and self._coded.exists()
-        found = self._manager.metadata(step).item_metadata
-        return coded or (found is not None and item in found)
+        return coded or (self._folder / str(step) / item).is_dir()
 
     def restore_params(self, step: int, abstract: nnx.State, item: Literal["params", "ema", "frozen"]) -> nnx.State:
         """One item of a step alone."""

@@ -25,15 +25,18 @@ from phyla.models.errors import UserError
 from phyla.models.language_model import LanguageModel
 from phyla.models.registry import LAYERS
 from phyla.models.weights import Weight, materialize
-from phyla.training import activations, run
+from phyla.training import activations, plots, run
 from phyla.training.checkpoints import CODED, Checkpoints
 from phyla.training.data.pipeline import prepare
 from phyla.training.divergence import divergences
 from phyla.training.progress import Reporter
 from phyla.training.saved import Saved, load, make_asker
+from phyla.training.speed import measure
 from phyla.training.step import split
 
 COMPRESSION = "compression.json"
+CONTEXT = 256
+"""At which speed is measured."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,6 +91,7 @@ def compress_run(
     out: Path,
     *,
     calibration: Calibration | None = None,
+    speed: bool = False,
     json: Path | None = None,
 ) -> dict[str, Any]:
     """Applies recipes to a run's last checkpoint and writes the result as another run, with a table of what it cost.
@@ -97,6 +101,7 @@ def compress_run(
         recipes: applied in this order.
         out: a new or empty folder.
         calibration: what recipes read that need text; None: the default.
+        speed: whether prefill and decoding are timed, of the model before and after.
         json: where the figures go; None: compression.json in `out`.
 
     Returns:
@@ -140,6 +145,10 @@ def compress_run(
         sizes = checkpoints.save_params(*split(made)[1:], step=saved.step, coded=coded)
     rows[0]["bytes_on_disk"] = _on_disk(folder, saved.step)
     rows[-1]["bytes_on_disk"] = _on_disk(out, saved.step)
+    if speed and not made.config.bidirectional:
+        for row, each in ((rows[0], saved), (rows[-1], load(out))):
+            row |= _speed(each)
+    errors = layer_errors(original, made)
     record = {
         "run": str(folder),
         "step": saved.step,
@@ -150,7 +159,10 @@ def compress_run(
         "coverage": _coverage(made.config, steps),
         "parameters": _parameters(steps),
         "left": _left(steps),
+        "errors": errors,
     }
+    if errors:
+        (out / "errors.png").write_bytes(plots.layer_errors(errors))
     run.write_json(json or out / COMPRESSION, record)
     _print(out, record)
     if read:
@@ -200,6 +212,35 @@ def _compare(saved: Saved, models: list[LanguageModel], rows: list[dict[str, Any
         found = divergences(models, ask, packed, **options, progress=task.update)
     for row, each in zip(rows, found, strict=True):
         row |= each._asdict()
+
+
+def _speed(saved: Saved) -> dict[str, float]:
+    """Tokens a second of one sequence, at a context of `CONTEXT`."""
+    with Reporter() as reporter, reporter.task(f"time {saved.folder}", 1, "contexts") as task:
+        found = measure(saved, task.update, (CONTEXT,))
+    each = ("prefill_tokens_per_second", "decode_tokens_per_second")
+    return {name: found[key][0] for name, key in zip(("prefill", "decode"), each, strict=True) if found[key]}
+
+
+def layer_errors(before: LanguageModel, after: LanguageModel) -> dict[str, list[float]]:
+    """‖W' - W‖ / ‖W‖ of everything that changed, for each layer of its stack; nothing if the model has other shapes."""
+    old, found = weights(before), {}
+    for path, weight in weights(after).items():
+        if path not in old or old[path].shape != weight.shape:
+            continue
+        error = np.atleast_1d(_error(old[path], weight))
+        if error.any():
+            found[dotted(path).removeprefix("periods.")] = error.tolist()
+    return found
+
+
+@jax.jit
+def _error(before: nnx.Param | Weight, after: nnx.Param | Weight) -> jax.Array:
+    """Of each matrix of a stack over layers (experts count together), or of one array."""
+    w = materialize(before)
+    axes = tuple(range(1, w.ndim)) if w.ndim > 2 else None
+    difference = jnp.sum(jnp.square(materialize(after) - w), axis=axes)
+    return jnp.sqrt(difference / jnp.maximum(jnp.sum(jnp.square(w), axis=axes), 1e-30))
 
 
 def _on_disk(folder: Path, step: int) -> int:
@@ -285,6 +326,8 @@ TABLES = (
         "bits_per_byte": ("bits per byte", "{:.4f}"),
         "kl": ("KL from the original", "{:.5f} nats"),
         "agreement": ("same top token", "{:.2%}"),
+        "prefill": ("prefill tokens/s", "{:,.0f}"),
+        "decode": ("decode tokens/s", "{:,.0f}"),
     },
 )
 
