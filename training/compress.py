@@ -1,6 +1,7 @@
 """`phyla compress`: a run with a smaller model made of a run, and what that cost."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -122,12 +123,12 @@ def compress_run(
     abstract(run.read_experiment(folder).model, (*shaping(before), *recipes))  # refuses before anything is computed
     saved = load(folder)
     original = saved.model()
-    read: list[dict[str, dict[str, float]]] = []
+    read: list[dict[str, dict[str, Any]]] = []
 
     def calibrate(model: LanguageModel, measure: Measure) -> Moments:
         found = _measured(saved, calibration, model, measure)
         if found.columns:
-            read.append(activations.activations(found.columns))
+            read.append(activations.activations(found.columns, functools.partial(_layer, model.config)))
         return found
 
     steps = compress(original, recipes, calibrate)
@@ -152,7 +153,7 @@ def compress_run(
     record = {
         "run": str(folder),
         "step": saved.step,
-        "calibration": dataclasses.asdict(calibration) if read else None,
+        "calibration": dataclasses.asdict(calibration) if any(each.needs_text for each in recipes) else None,
         "activations": read[0] if read else None,
         "steps": rows,
         "huffman": {name: each._asdict() for name, each in sizes.items()} or None,
@@ -166,8 +167,7 @@ def compress_run(
     run.write_json(json or out / COMPRESSION, record)
     _print(out, record)
     if read:
-        kinds = {dotted(path): _layer(saved.experiment.model, path) for path in weights(original)}
-        Console(highlight=False).print(activations.table(read[0], kinds.__getitem__))
+        Console(highlight=False).print(activations.table(read[0]))
     return record
 
 
