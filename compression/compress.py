@@ -117,9 +117,10 @@ def _apply(model: LanguageModel, recipe: Rule, rules: Sequence[Rule], moments: A
 def _reason(recipe: Rule, everything: list[matrices.Place], left: dict[str, str]) -> str:
     if not any(place.kind for place in everything):
         return "every matrix is quantized already (prune before you quantize)"
-    found = [place.name for place in everything if re.search(recipe.only, place.name)]
+    found = [place for place in everything if re.search(recipe.only, place.name)]
     if found:
-        return f"{found[0]} stays as it is ({left[found[0]]})"
+        first = min(found, key=lambda place: place.kind not in ("matrix", "values"))  # all methods are for these
+        return f"{first.name} stays as it is ({left[first.name]})"
     free = [place.name for place in everything if place.kind]
     nearest = difflib.get_close_matches(recipe.only, free, n=1, cutoff=0.0)[0]
     return f"'{recipe.only}' is in no dense parameter's path; nearest: {nearest}"

@@ -9,6 +9,7 @@ from flax import nnx
 
 from phyla.compression.adapters import targets
 from phyla.compression.compress import abstract, compress
+from phyla.compression.entropy import Huffman
 from phyla.compression.matrices import kind_of_layer
 from phyla.compression.recipes import parse
 from phyla.compression.rule import Rule
@@ -86,6 +87,8 @@ def start(experiment: Experiment) -> Start:
     """
     own = parse(experiment.recipes) if experiment.recipes else ()
     for rule in own:
+        if isinstance(rule, Huffman):
+            raise UserError(f"{rule} is how a run is written by phyla compress: leave it out")
         if rule.needs_text or rule.reshapes:
             why = "reads text" if rule.needs_text else "makes another model"
             raise UserError(f"{rule} {why}: make a run of it first, with phyla compress, and train on from that")
