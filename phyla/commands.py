@@ -296,6 +296,7 @@ class Generate:
       phyla generate runs/RUN --prompt "It is a truth"
       phyla generate runs/RUN --prompt "She" --prompt "He said" --temperature 0 --max-tokens 50
       phyla generate runs/RUN --prompt "Chapter" --top-p 0.9 --stop "." --stop $'\n'
+      phyla generate runs/TEACHER --prompt "" --copies 64 --temperature 1 --text teacher.jsonl
     """
 
     run: Annotated[Path, Positional, arg(metavar="RUN")]
@@ -316,12 +317,20 @@ class Generate:
     """Tokens after each prompt."""
     stop: UseAppendAction[tuple[str, ...]] = ()
     """Text at which a continuation ends; give it again for more."""
+    copies: int = 1
+    """Continuations of each prompt."""
+    text: Path | None = None
+    """Where they go as documents to train a student on (`--data.source FILE.jsonl`), instead of being printed."""
     json: Path | None = None
     """Where the continuations go as JSON; None: beside the run."""
 
     def __post_init__(self):
         if not self.prompt:
             raise UserError('give at least one prompt: --prompt "It is a truth"')
+        if self.copies < 1:
+            raise UserError(f"--copies must be at least 1, not {self.copies}")
+        if self.text is not None and self.text.suffix != ".jsonl":
+            raise UserError(f"--text must be a .jsonl file, not {self.text}")
 
 
 def generate(arguments: Sequence[str]) -> None:
@@ -331,7 +340,7 @@ def generate(arguments: Sequence[str]) -> None:
 
     generate_run(
         options.run,
-        list(options.prompt),
+        list(options.prompt) * options.copies,
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
@@ -340,6 +349,7 @@ def generate(arguments: Sequence[str]) -> None:
         max_tokens=options.max_tokens,
         stop=list(options.stop),
         json=options.json,
+        text_file=options.text,
     )
 
 

@@ -123,6 +123,8 @@ class DistillationConfig:
     """KL(teacher, student), KL(student, teacher), or the mean of both from the mixture of the two."""
     temperature: float = 2.0
     """T, by which the logits of both are divided for the divergence."""
+    top_k: int | None = None
+    """Of the teacher's distribution only the k likeliest tokens, and all others together as one; None: all."""
     cosine: float = 0.0
     """Weight of 1 - cosine of the last hidden states (Sanh et al. 2019)."""
     hidden: float = 0.0
@@ -144,6 +146,7 @@ class DistillationConfig:
             raise UserError(f"distillation must have a weight above 0: one of {', '.join(weights)}")
         if not self.temperature > 0:
             raise UserError(f"distillation.temperature must be positive, not {self.temperature}")
+        at_least("distillation", self, top_k=1)
 
 
 DISTILLATIONS = {

@@ -18,7 +18,9 @@ from phyla.training.objectives import Asker, Batch, Loss, in_chunks, negative_lo
 from phyla.training.saved import make_asker
 
 
-def divergence(student: jax.Array, teacher: jax.Array, *, kind: str, temperature: float) -> jax.Array:
+def divergence(
+    student: jax.Array, teacher: jax.Array, *, kind: str, temperature: float, top_k: int | None = None
+) -> jax.Array:
     """T² times the divergence of softmax(student / T) from softmax(teacher / T), in nats.
 
     T² keeps the gradient's size when T changes (Hinton et al. 2015, section 2).
@@ -28,11 +30,16 @@ def divergence(student: jax.Array, teacher: jax.Array, *, kind: str, temperature
         teacher: logits, float32 [..., V].
         kind: forward-kl, reverse-kl or jensen-shannon.
         temperature: T.
+        top_k: below V; the teacher's likeliest k tokens are told apart, all others are one (which are not left out:
+            a student that is told the likeliest alone becomes too sure of them). None: all are told apart.
 
     Returns:
         Summed over the vocabulary, float32 [...].
     """
     log_q, log_p = jax.nn.log_softmax(student / temperature), jax.nn.log_softmax(teacher / temperature)
+    if top_k is not None:
+        chosen = jax.lax.top_k(teacher, top_k)[1]
+        log_q, log_p = _with_rest(log_q, chosen), _with_rest(log_p, chosen)
     p, q = jnp.exp(log_p), jnp.exp(log_q)
     if kind == "forward-kl":
         terms = p * (log_p - log_q)
@@ -42,6 +49,13 @@ def divergence(student: jax.Array, teacher: jax.Array, *, kind: str, temperature
         log_m = jnp.logaddexp(log_p, log_q) - jnp.log(2.0)
         terms = (p * (log_p - log_m) + q * (log_q - log_m)) / 2
     return temperature**2 * jnp.sum(terms, axis=-1)
+
+
+def _with_rest(log_p: jax.Array, chosen: jax.Array) -> jax.Array:
+    """log p [..., V] of the chosen ids [..., k], and last of all others together, [..., k + 1]."""
+    of_chosen = jnp.take_along_axis(log_p, chosen, axis=-1)
+    others = jnp.put_along_axis(log_p, chosen, -jnp.inf, axis=-1, inplace=False)
+    return jnp.concatenate([of_chosen, jax.nn.logsumexp(others, axis=-1, keepdims=True)], axis=-1)
 
 
 class Distillation(nnx.Module):
@@ -105,7 +119,8 @@ class Distillation(nnx.Module):
             if not config.soft:
                 return right, jnp.zeros_like(right)
             softly = jax.lax.stop_gradient(self.teacher.logits(teacher_BxCxD))
-            return right, divergence(logits, softly, kind=config.divergence, temperature=config.temperature)
+            kind, temperature = config.divergence, config.temperature
+            return right, divergence(logits, softly, kind=kind, temperature=temperature, top_k=config.top_k)
 
         vocabulary, width = model.config.vocab_size, model.config.width
         assert vocabulary is not None
@@ -217,6 +232,9 @@ def make_distillation(experiment: Experiment, teacher: LanguageModel, mask_id: i
     model, loop = experiment.model, experiment.loop
     if model.vocab_size != teacher.config.vocab_size:
         raise UserError(f"model.vocab_size {model.vocab_size} is not the teacher's {teacher.config.vocab_size}")
+    top_k = experiment.distillation.top_k
+    if top_k is not None and top_k >= model.vocab_size:
+        raise UserError(f"distillation.top_k must be below model.vocab_size {model.vocab_size}, not {top_k}")
     if experiment.distillation.blocks and model.groups not in (None, model.repeats):
         raise UserError("distillation.blocks is not for layers that share parameters (model.groups)")
     ask = make_asker(experiment, mask_id)

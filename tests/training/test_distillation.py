@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from phyla import configs
 from phyla.cli import main
 from phyla.models.config import BlockConfig, ModelConfig
 from phyla.models.errors import UserError
@@ -20,6 +21,8 @@ from phyla.models.mixers.mamba2 import Mamba2Config
 from phyla.models.mlp import MLPConfig
 from phyla.training import run
 from phyla.training.config import DISTILLATIONS, DistillationConfig, LoopConfig, OptimizerConfig
+from phyla.training.data.config import DataConfig
+from phyla.training.data.sources import documents
 from phyla.training.distillation import Distillation, divergence, layer_pairs
 from phyla.training.objectives import next_token, next_tokens
 from phyla.training.optimizer import make_optimizer
@@ -39,7 +42,10 @@ def model_of(seed: int = 0, **fields) -> LanguageModel:
 
 @functools.cache
 def teacher() -> tuple:
-    return nnx.split(model_of(1, width=12, layers=4))
+    """Wider and deeper than the student, and of firm opinions: near the uniform distribution divergences cancel."""
+    model = model_of(1, width=12, layers=4)
+    model.embedding.weight.set_value(30 * model.embedding.weight[...])
+    return nnx.split(model)
 
 
 def distillation(student: LanguageModel, its=None, **terms) -> Distillation:
@@ -85,6 +91,27 @@ def test_divergences_are_those_of_float64(kind, temperature):
     assert np.isfinite(jax.grad(lambda x: jnp.sum(of(x, -far)))(far)).all()
 
 
+@pytest.mark.parametrize("kind", ["forward-kl", "reverse-kl", "jensen-shannon"])
+def test_the_likeliest_tokens_and_the_rest_as_one(kind):
+    """Against float64 on distributions of k + 1 outcomes; with all but one token told apart it is the whole."""
+    keys = jax.random.split(jax.random.key(3))
+    student, its = (3 * jax.random.normal(key, (4, 9)) for key in keys)
+    order = np.argsort(-np.asarray(its), axis=-1)
+    few = []
+    for logits in (student, its):
+        p = np.exp(np.asarray(logits, np.float64) / 2)
+        p = np.take_along_axis(p / p.sum(-1, keepdims=True), order, axis=-1)
+        few.append(2 * np.log(np.concatenate([p[:, :3], p[:, 3:].sum(-1, keepdims=True)], axis=-1)))
+    of = functools.partial(divergence, kind=kind, temperature=2.0)
+    found = of(student, its, top_k=3)
+    np.testing.assert_allclose(found, as_float64(*few, kind, 2.0), rtol=1e-5, atol=1e-6)
+    assert (found < of(student, its)).all()  # what is told apart less differs less
+    np.testing.assert_allclose(of(student, its, top_k=8), of(student, its), rtol=1e-5, atol=1e-6)
+    gradient = jax.grad(lambda x: jnp.sum(of(x, its, top_k=3)))(student)
+    assert np.isfinite(gradient).all()
+    np.testing.assert_allclose(gradient.sum(-1), 0, atol=1e-5)
+
+
 @functools.cache
 def terms_of(**terms) -> tuple:
     """The loss and its gradient for the student, compiled."""
@@ -116,7 +143,7 @@ def test_without_the_teacher_it_is_the_next_tokens_loss_to_the_bit(batch):
 
 
 def test_the_terms_are_what_they_say(batch):
-    """Against numpy on the two models' own logits and layers; padding counts for nothing."""
+    """Against numpy on the two models' own logits and layers, of the real tokens only."""
     _, loss = terms_of(soft=2.0, hard=0.25, cosine=0.5, hidden=3.0, embedding=0.75, temperature=3.0)(batch)
     student, its = model_of(), nnx.merge(*teacher())
     objective = distillation(student, cosine=1.0, hidden=1.0, embedding=1.0)
@@ -147,9 +174,6 @@ def test_the_terms_are_what_they_say(batch):
     factors = {"soft": 2.0, "cosine": 0.5, "hidden": 3.0, "embedding": 0.75}
     minimised = 0.25 * loss.total + sum(factors[name] * value for name, value in expected.items())
     np.testing.assert_allclose(loss.total + loss.penalty, minimised, rtol=1e-5)
-    padded = {name: jnp.pad(value, ((0, 0), (0, 5))) for name, value in batch.items()}
-    np.testing.assert_allclose(terms_of(soft=2.0, hard=0.25, cosine=0.5, hidden=3.0, embedding=0.75, temperature=3.0)(
-        padded)[1].penalty, loss.penalty, rtol=1e-5)  # fmt: skip
 
 
 def test_a_teacher_that_is_the_student_leaves_nothing_to_learn(batch):
@@ -203,6 +227,30 @@ def test_the_step_trains_the_projections_and_not_the_teacher(microbatches, batch
     np.testing.assert_allclose(metrics.extra["soft"], loss.metrics["soft"] / loss.weight, rtol=1e-5)
     norms = [float(jnp.sum(x**2)) for x in jax.tree.leaves(gradient)]
     assert float(metrics.gradient_norm) > np.sqrt(sum(norms)) / float(loss.weight)  # the projections' besides
+
+
+@pytest.mark.parametrize("family", configs.SMALL)
+def test_every_family_learns_from_every_other_kind_of_layer(family):
+    """All terms and their gradients have shapes, for a Transformer's student of every family; nothing is computed."""
+    config = dataclasses.replace(configs.experiment(family).model, vocab_size=VOCABULARY)
+
+    def gradient(batch):
+        student = LanguageModel(config, nnx.Rngs(0))
+        graphdef, params = nnx.split(student)
+        objective = distillation(
+            student, model_of(layers=4, width=config.width), hidden=1.0, embedding=1.0, cosine=1.0, blocks=1.0
+        )
+
+        def minimised(params):
+            loss = objective(nnx.merge(graphdef, params), batch, jax.random.key(0))
+            return loss.total + loss.penalty, loss
+
+        return jax.grad(minimised, has_aux=True)(params)
+
+    tokens = jax.ShapeDtypeStruct((2, 17), jnp.int32)
+    found, loss = jax.eval_shape(gradient, {"tokens": tokens, "segment_ids": tokens})
+    assert set(loss.metrics) >= {"soft", "hidden", "embedding", "cosine", "blocks"}
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(found))
 
 
 def test_layers_are_evenly_spaced_or_named():
@@ -324,6 +372,8 @@ def test_a_student_with_another_tokenizer_is_refused(trained, tmp_path, capsys):
     assert "model.vocab_size 300 is not the teacher's 257" in capsys.readouterr().err
     assert main(["distill", str(trained), "transformer", "--recipe", "distillbert"]) == 2
     assert "no recipe 'distillbert'; nearest: distilbert" in capsys.readouterr().err
+    assert main(["distill", str(trained), "transformer", "--distillation.top-k", "257", "--out", other[-1]]) == 2
+    assert "distillation.top_k must be below model.vocab_size 257, not 257" in capsys.readouterr().err
     assert main(["distill", str(trained), "transformer", "--recipe"]) == 2
     assert "--recipe needs a value" in capsys.readouterr().err
     assert main(["distill", str(tmp_path), "transformer"]) == 2
@@ -338,6 +388,29 @@ def test_a_run_as_the_student_and_a_teacher_of_its_own_kind(trained, tmp_path):
     before = json.loads((trained / "summary.json").read_text())
     assert summary["bits_per_byte"] == pytest.approx(before["bits_per_byte"], rel=0.05)
     assert summary["skipped_updates"] == 0
+
+
+def test_a_student_trains_on_what_its_teacher_says(trained, tmp_path, capsys):
+    """Sequence-level distillation: the teacher's generations are documents, a line each."""
+    texts = tmp_path / "teacher.jsonl"
+    command = [
+        "generate",
+        str(trained),
+        "--prompt",
+        "the ",
+        "--copies",
+        "3",
+        "--max-tokens",
+        "40",
+        "--temperature",
+        "1",
+    ]
+    assert main([*command, "--text", str(texts), "--json", str(tmp_path / "all.json")]) == 0
+    assert "3 documents" in capsys.readouterr().out
+    found = list(documents(DataConfig(source=str(texts), validation="austen"), "train"))
+    assert len(found) == len(set(found)) == 3
+    assert all(text.startswith("the ") and len(text) > 4 for text in found)
+    assert main([*command, "--text", str(tmp_path / "teacher.txt")]) == 2
 
 
 def test_every_recipe_is_explained(capsys):
