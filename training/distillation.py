@@ -232,8 +232,9 @@ def make_distillation(experiment: Experiment, teacher: LanguageModel, mask_id: i
     model, loop = experiment.model, experiment.loop
     if model.vocab_size != teacher.config.vocab_size:
         raise UserError(f"model.vocab_size {model.vocab_size} is not the teacher's {teacher.config.vocab_size}")
-    top_k = experiment.distillation.top_k
-    if top_k is not None and top_k >= model.vocab_size:
+    assert model.vocab_size is not None
+    if (experiment.distillation.top_k or 0) >= model.vocab_size:
+        top_k = experiment.distillation.top_k
         raise UserError(f"distillation.top_k must be below model.vocab_size {model.vocab_size}, not {top_k}")
     if experiment.distillation.blocks and model.groups not in (None, model.repeats):
         raise UserError("distillation.blocks is not for layers that share parameters (model.groups)")

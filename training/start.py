@@ -78,8 +78,8 @@ class Start(NamedTuple):
         elif self.teacher is not None and self.experiment.distillation.copy:
             graphdef = nnx.split(abstract(config, ()))[0]
             student = nnx.merge(graphdef, jax.jit(lambda: nnx.split(new())[1])())
-            model, *copied = initialise_from(student, self.teacher.model())
-            note(summary(*copied))
+            model, copied, left = initialise_from(student, self.teacher.model())
+            note(summary(copied, left))
         else:
             return jax.jit(lambda: split(self._prepared(new()))[1:], out_shardings=(params, frozen))()
         return jax.device_put(split(self._prepared(model))[1:], (params, frozen))
