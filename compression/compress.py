@@ -50,7 +50,7 @@ def compress(
         model: the model.
         recipes: what to do.
         calibrate: reads a text with a model and with what a recipe `measure`s, for recipes that need it; by default no
-            text, after which GPTQ rounds to nearest and SparseGPT prunes by magnitude.
+            text, after which GPTQ rounds to nearest, SparseGPT prunes by magnitude and activations have the scale 1.
         seed: of what recipes draw at random.
 
     Raises UserError if a recipe finds nothing that it could change.
@@ -58,7 +58,7 @@ def compress(
     steps = []
     for recipe, key in zip(recipes, jax.random.split(jax.random.key(seed), len(recipes)), strict=True):
         before = steps[-1].model if steps else model
-        moments = calibrate(before, recipe.measure) if recipe.needs_text else {}
+        moments = calibrate(before, recipe.measure) if recipe.needs_text else Moments()
         steps.append(_apply(before, recipe, recipe.resolve(before, moments), moments, key))
     return steps
 
@@ -74,7 +74,7 @@ def abstract(config: ModelConfig, recipes: Sequence[Rule]) -> LanguageModel:
     def made() -> LanguageModel:
         model = LanguageModel(config, nnx.Rngs(0))
         for recipe in recipes:
-            moments = no_text(model, recipe.measure) if recipe.needs_text else {}
+            moments = no_text(model, recipe.measure) if recipe.needs_text else Moments()
             model = _apply(model, recipe, (recipe,), moments, jax.random.key(0)).model
         return model
 

@@ -174,7 +174,7 @@ def influence(model: LanguageModel, batches: Iterable[tuple[jax.Array, jax.Array
     total = [jnp.zeros(sets)] * count
     for tokens, segment_ids in batches:
         total = jax.tree.map(jnp.add, total, changes(params, tokens, segment_ids))
-    return {(*PERIODS, i): each for i, each in enumerate(total)}
+    return Moments({(*PERIODS, i): each for i, each in enumerate(total)})
 
 
 def _going(recipe: PruneLayers, config: ModelConfig) -> tuple[int, int]:

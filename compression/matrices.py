@@ -15,7 +15,7 @@ from phyla.models.weights import Weight
 
 
 class Place(NamedTuple):
-    """A dense parameter and where it lies."""
+    """A dense parameter and where it lies: in a layer, or as the `body` of a weight that wraps it."""
 
     path: tuple[Any, ...]
     value: nnx.Param
@@ -26,7 +26,7 @@ class Place(NamedTuple):
 
     @property
     def name(self) -> str:
-        """With dots."""
+        """With dots; it stays the same when the parameter is wrapped."""
         return dotted(self.path)
 
 
@@ -36,9 +36,10 @@ def places(model: LanguageModel) -> list[Place]:
 
 
 def weights(model: LanguageModel) -> dict[tuple[Any, ...], nnx.Param | Weight]:
-    """Everything that stands for one array, by path: dense parameters and `Weight`s."""
+    """Everything that stands for one array, by path: dense parameters and `Weight`s, not what these wrap."""
     compressed = {path: module for path, module in nnx.iter_modules(model) if isinstance(module, Weight)}
-    return {place.path: place.value for place in places(model)} | compressed
+    found = {place.path: place.value for place in places(model)} | compressed
+    return {path: held for path, held in found.items() if not any(path[:i] in compressed for i in range(len(path)))}
 
 
 def replace(model: LanguageModel, path: tuple[Any, ...], value: nnx.Param | nnx.Module) -> None:
@@ -54,8 +55,8 @@ def replace(model: LanguageModel, path: tuple[Any, ...], value: nnx.Param | nnx.
 
 
 def dotted(path: tuple[Any, ...]) -> str:
-    """A path as text."""
-    return ".".join(map(str, path))
+    """A path as text; what a weight wraps (its `body`) has the weight's name."""
+    return ".".join(str(part) for part in path if part != "body")
 
 
 def _place(path: tuple[Any, ...], variable: nnx.Param) -> Place:

@@ -7,11 +7,12 @@ directory needs no more than the names.
 
 import re
 
-from phyla.compression import depth, mixed, prune, quantize, structure
+from phyla.compression import activations, awq, depth, mixed, prune, quantize, rotate, structure
 from phyla.compression.rule import Rule
 from phyla.models.errors import choose
 
-METHODS = quantize.METHODS | mixed.METHODS | prune.METHODS | structure.METHODS | depth.METHODS
+MODULES = (quantize, mixed, awq, activations, rotate, prune, structure, depth)
+METHODS = {name: method for module in MODULES for name, method in module.METHODS.items()}
 """By an example of their names."""
 
 EXPLAINED = """

@@ -45,6 +45,11 @@ class Rule:
         """Whether it depends on what the matrices multiply, so that a text must be read."""
         return False
 
+    @property
+    def needs_moments(self) -> bool:
+        """Whether it depends on second moments, not on each input's own figures alone (`calibrate.Columns`)."""
+        return self.needs_text
+
     def resolve(self, model: LanguageModel, moments: Moments) -> tuple["Rule", ...]:
         """What it is for this model, as recipes by whose names alone the shapes of what they make are known.
 
@@ -54,7 +59,7 @@ class Rule:
 
     def measure(self, model: LanguageModel, batches: Iterable[tuple[jax.Array, jax.Array]]) -> Moments:
         """What it wants to know of a text, if it `needs_text`; zeros of no text. See `calibrate.moments`."""
-        return calibrate.moments(model, batches)
+        return calibrate.moments(model, batches, self.needs_moments)
 
     def apply(self, model: LanguageModel, chosen: list[matrices.Place], moments: Moments, key: jax.Array) -> "Applied":
         """Does it.

@@ -16,6 +16,7 @@ SMALL = ("transformer", "mamba", "jamba", "rwkv", "xlstm")
 
 EXPERIMENTS = {
     **dict.fromkeys(SMALL, "phyla.configs.small"),
+    "arithmetic": "phyla.configs.instruction",
     **dict.fromkeys(
         (
             "gpt2",

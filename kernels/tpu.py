@@ -13,6 +13,9 @@ from phyla.kernels.dispatch import platform
 LANES, SUBLANES = 128, 8
 """Of a float32 vector register; bfloat16 has 16 rows of 128, int8 has 32."""
 
+INTERPRETER = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
+"""Of kernels where there is no TPU. To look for races takes time that grows with the square of a kernel's accesses."""
+
 
 def kind() -> str:
     """Such as "TPU v5 lite": the chip that is traced for; "" where it is not a TPU."""
@@ -32,6 +35,5 @@ def pallas_call(kernel: Callable[..., None], out_shape: Any, *arguments: jax.Arr
     results = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, manual_axis_type=varying), out_shape)
     if platform() == "tpu":
         return pl.pallas_call(kernel, results, **options)(*arguments)
-    interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
     # One after another under vmap: the interpreter does not know of the dimension that this adds to the grid.
-    return sequential_vmap(pl.pallas_call(kernel, results, interpret=interpret, **options))(*arguments)
+    return sequential_vmap(pl.pallas_call(kernel, results, interpret=INTERPRETER, **options))(*arguments)

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from phyla.kernels.grouped_matmul import grouped_matmul
 from phyla.models.config import ModelConfig
 from phyla.models.weights import (
     Initializer,
     Weight,
     constant,
     fan_in,
+    grouped,
     matmul,
     matmul_transposed,
     normal,
@@ -97,9 +97,7 @@ class ExpertLinear(nnx.Module):
 
         Rows after those of the last expert give zeros.
         """
-        if isinstance(self.weight, Weight):
-            return self.weight.grouped_matmul(x, sizes)
-        return grouped_matmul(x, self.weight[...], sizes)
+        return grouped(x, self.weight, sizes)
 
     def chosen(self, x: jax.Array, expert: jax.Array) -> jax.Array:
         """[N, in] -> [N, out], row n by the matrix of expert[n]: for few rows, since each reads a whole matrix."""

@@ -1,10 +1,13 @@
 """A matrix in few bits: one of the formats of `phyla.kernels.quantized_matmul` as a `Weight`."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from phyla.kernels.quantized_matmul import Format, quantized_matmul
-from phyla.models.weights import Weight, dense_matmul
+from phyla.kernels.grouped_matmul import grouped_matmul
+from phyla.kernels.quantized_matmul import Format, Outliers, quantized_matmul
+from phyla.kernels.quantized_matmul.formats import rounded_like_weights
+from phyla.models.weights import Weight, dense_matmul, group_of_rows, materialize
 
 
 class Fixed(nnx.Variable):
@@ -34,8 +37,10 @@ class Quantized(Weight):
             own = {0: (), 1: axes[-1:], 2: axes[-2:]}[leaf.ndim - stack]
             if name == "blocks":  # of a GGUF file, where the outputs are the rows
                 own = own[::-1]
-            if name == "scale_scales":  # by position, not by column
-                own = ("scales",)
+            # By position, not by column; by outlier, not by row.
+            own = {"scale_scales": ("scales",), "columns": ("outliers",), "values": ("outliers", axes[-1])}.get(
+                name, own
+            )
             setattr(self, name, Fixed(leaf, axes=axes[:stack] + own))
 
     @property
@@ -57,6 +62,16 @@ class Quantized(Weight):
         """See `Weight.materialize`."""
         dense = self.held.materialize()
         return dense.T if self.transposed else dense
+
+    def grouped_matmul(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
+        """See `Weight.grouped_matmul`; x is rounded where `matmul` rounds it."""
+        held = self.held
+        if isinstance(held, Outliers):
+            columns = jnp.take(held.columns, group_of_rows(sizes, len(x)), axis=0, mode="clip")
+            outer = jnp.any(columns[..., None] == jnp.arange(x.shape[-1]), axis=1)
+            inner = rounded_like_weights(jnp.where(outer, 0, x), held.body).astype(x.dtype)
+            return grouped_matmul(jnp.where(outer, x, inner), materialize(self), sizes)
+        return grouped_matmul(rounded_like_weights(x, held).astype(x.dtype), materialize(self), sizes)
 
     def take(self, rows: jax.Array) -> jax.Array:
         """See `Weight.take`."""

@@ -145,6 +145,16 @@ def matmul(x: jax.Array, weight: nnx.Param | Weight) -> jax.Array:
     return weight.matmul(x) if isinstance(weight, Weight) else dense_matmul(x, weight[...])
 
 
+def grouped(x: jax.Array, weight: nnx.Param | Weight, sizes: jax.Array) -> jax.Array:
+    """x [N, in] times weight [E, in, out], each row its group's matrix: [N, out] in x's dtype; see `ExpertLinear`."""
+    return weight.grouped_matmul(x, sizes) if isinstance(weight, Weight) else grouped_matmul(x, weight[...], sizes)
+
+
+def group_of_rows(sizes: jax.Array, rows: int) -> jax.Array:
+    """The number of each row's group, integers [rows], where groups of `sizes` [E] follow each other; E after them."""
+    return jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(rows), side="right")
+
+
 def materialize(weight: nnx.Param | Weight) -> jax.Array:
     """The dense float32 matrix, or all of a stack, [..., in, out]."""
     if not isinstance(weight, Weight):

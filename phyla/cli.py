@@ -12,7 +12,7 @@ COMMANDS = {
     "finetune": "train on from a run: all of its model, or what a recipe adds to it",
     "distill": "train a student to say what a trained run says, across architectures",
     "compare": "train several at one budget and report which is better",
-    "evaluate": "validation loss of a trained run, on its own data or any other",
+    "evaluate": "validation loss of a trained run, on its own data or any other, or how it solves problems",
     "generate": "continue prompts with a trained run",
     "compress": "make a smaller run of a run: quantized, pruned",
     "import": "make a run of another library's model",

@@ -265,27 +265,65 @@ def comparison_folder(names: Sequence[str]) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Validation loss of a run: nats per token and bits per byte.
+    """Validation loss of a run: nats per token and bits per byte. Or, by a protocol, how it solves word problems.
+
+    Of conversations it is the loss of the responses, and how many of the short ones it gives word for word.
 
     examples:
       phyla evaluate runs/RUN
       phyla evaluate runs/RUN --data "texts/*.txt" --json loss.json
+      phyla evaluate runs/RUN --protocol pal --problems 300
     """
 
     run: Annotated[Path, Positional, arg(metavar="RUN")]
     """The run's folder."""
     data: str | None = None
     """Source of the text, as in --data.source; None: the run's own validation text."""
+    exact_tokens: int | None = None
+    """Of conversations: the longest responses to compare word for word, in tokens; 0: none; None: 16."""
+    protocol: Literal["direct", "cot", "pal"] | None = None
+    """Instead of the loss: held-out arithmetic problems, answered at once, by a chain of thought, or by Python that is
+    run with limits on time, memory, files and network."""
+    shots: int | None = None
+    """For a protocol: solved problems before each; None: none after training on conversations, else 4."""
+    problems: int | None = None
+    """For a protocol: how many; None: 300."""
+    max_tokens: int | None = None
+    """For a protocol: tokens of a response; None: 256."""
     json: Path | None = None
-    """Where the table goes as JSON; None: beside the run."""
+    """Where the table goes as JSON, after a protocol with every response; None: beside the run."""
+
+    def __post_init__(self):
+        for name, least in (("exact_tokens", 0), ("shots", 0), ("problems", 1), ("max_tokens", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+        for_loss, for_protocol = ("data", "exact_tokens"), ("shots", "problems", "max_tokens")
+        for name in for_protocol if self.protocol is None else for_loss:
+            if getattr(self, name) is not None:
+                takes = "needs --protocol" if self.protocol is None else "does not go with --protocol"
+                raise UserError(f"--{name.replace('_', '-')} {takes}")
 
 
 def evaluate(arguments: Sequence[str]) -> None:
     """`phyla evaluate RUN`."""
     options = parse(Evaluate, arguments, prog="phyla evaluate")
-    from phyla.training.evaluate import evaluate_run
+    if options.protocol is not None:
+        from phyla.training.protocols import evaluate_protocol
 
-    evaluate_run(options.run, data=options.data, json=options.json)
+        evaluate_protocol(
+            options.run,
+            options.protocol,
+            shots=options.shots,
+            count=options.problems or 300,
+            max_tokens=options.max_tokens or 256,
+            json=options.json,
+        )
+        return
+    from phyla.training.evaluate import EXACT_TOKENS, evaluate_run
+
+    exact_tokens = EXACT_TOKENS if options.exact_tokens is None else options.exact_tokens
+    evaluate_run(options.run, data=options.data, exact_tokens=exact_tokens, json=options.json)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -374,9 +412,11 @@ class Compress:
     out: Path | None = None
     """The new run's folder: new or empty."""
     calibration: str | None = None
-    """The text that GPTQ, Wanda and SparseGPT read, as `--data.source`; None: what the run was trained on."""
+    """The text that methods read which need one, as `--data.source`; None: what the run was trained on."""
     tokens: int | None = None
     """How much of it at most; None: 65,536."""
+    speed: bool = True
+    """Time prefill and decoding, before and after."""
     list: bool = False
     """Only explain every method, in a line each."""
     json: Path | None = None
@@ -409,7 +449,7 @@ def compress(arguments: Sequence[str]) -> None:
     given = {"source": options.calibration, "tokens": options.tokens}
     given = {name: value for name, value in given.items() if value is not None}
     calibration = Calibration(**given) if given else None
-    compress_run(options.run, chosen, options.out, calibration=calibration, json=options.json)
+    compress_run(options.run, chosen, options.out, calibration=calibration, speed=options.speed, json=options.json)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -184,3 +184,5 @@ class Experiment:
     def __post_init__(self):
         if self.objective == "next-token" and self.model.bidirectional:
             raise UserError("a bidirectional model sees the next token: objective must be masked-token")
+        if self.objective == "masked-token" and self.data.template is not None:
+            raise UserError("conversations (data.template) are learned with the objective next-token")

@@ -15,10 +15,17 @@ from rich.console import Console
 from rich.table import Table
 
 from phyla.training import run, sharding
+from phyla.training.data.config import DataConfig
+from phyla.training.data.conversations import ChatFormat, split_last
 from phyla.training.data.pipeline import Packed, prepare
+from phyla.training.data.sources import conversations
 from phyla.training.objectives import Batch, Objective
 from phyla.training.progress import Reporter
+from phyla.training.respond import respond
 from phyla.training.saved import Saved, load
+
+EXACT_TOKENS = 16
+"""Responses of up to so many tokens are compared word for word."""
 
 
 class Score(NamedTuple):
@@ -77,8 +84,39 @@ def bits_per_byte(nats_per_token: float, packed: Packed) -> float:
     return nats_per_token * packed.num_tokens / math.log(2) / packed.num_bytes
 
 
-def evaluate_run(folder: Path, *, data: str | None = None, json: Path | None = None) -> Score:
+class ExactMatch(NamedTuple):
+    """How many of the short last responses of conversations greedy decoding gives word for word."""
+
+    right: int
+    asked: int
+
+
+def exact_match(saved: Saved, data: DataConfig, max_tokens: int) -> ExactMatch:
+    """Of the responses of at most `max_tokens` tokens, their end included, that end a validation conversation."""
+    assert data.template is not None
+    chat = ChatFormat(data.template, saved.tokenizer)
+    short = [
+        (chat.prompt(before), response)
+        for before, response in split_last(conversations(data, "validation"))
+        if len(saved.tokenizer.encode(response)) < max_tokens
+    ]
+    short = [(prompt, response) for prompt, response in short if len(prompt) <= data.sequence_length]
+    prompts = [prompt for prompt, _ in short]
+    with Reporter() as reporter, reporter.task("exact match", len(short), "responses") as task:
+        found = respond(saved, prompts, end_id=chat.end_id, max_tokens=max_tokens, progress=task.update)
+    right = sum(
+        ended and text.strip() == response.strip() for (text, ended), (_, response) in zip(found, short, strict=True)
+    )
+    return ExactMatch(right, len(short))
+
+
+def evaluate_run(
+    folder: Path, *, data: str | None = None, exact_tokens: int = EXACT_TOKENS, json: Path | None = None
+) -> Score:
     """Evaluates a run's last checkpoint on its validation text or on `data`; prints a table and writes it as JSON.
+
+    Of conversations this is the loss of the responses, and also their exact matches where they have at most
+    `exact_tokens` tokens (0: none are decoded).
 
     Raises UserError if the folder is not a run or has no checkpoint, or if the data cannot be read.
     """
@@ -91,6 +129,7 @@ def evaluate_run(folder: Path, *, data: str | None = None, json: Path | None = N
     sums = make_evaluate(saved.graphdef, saved.objective)
     with Reporter() as reporter, reporter.task("evaluate", -(-len(packed.tokens) // batch_size), "batches") as task:
         result = score(sums, saved.params, packed, batch_size, saved.mesh, task.update)
+    match = exact_match(saved, config, exact_tokens) if config.template is not None and exact_tokens else None
     where = data or config.validation or f"{config.source}, held out"
     record = {
         "run": str(folder),
@@ -101,12 +140,23 @@ def evaluate_run(folder: Path, *, data: str | None = None, json: Path | None = N
         "tokens": result.tokens,
         "bytes": packed.num_bytes,
         "tokens_per_second": result.tokens / result.seconds,
+        **({} if match is None else {"exact_match": match._asdict() | {"max_tokens": exact_tokens}}),
     }
     run.write_json(json or folder / "evaluation.json", record)
     table = Table(title=f"{folder} at step {saved.step:,} on {where}")
-    for column in ("bits per byte", "nats per token", "tokens", "bytes", "tokens/s"):
+    columns = {
+        "bits per byte": f"{result.bits_per_byte:.4f}",
+        "nats per token": f"{result.nats_per_token:.4f}",
+        "tokens": f"{result.tokens:,}",
+        "bytes": f"{packed.num_bytes:,}",
+        "tokens/s": f"{record['tokens_per_second']:,.0f}",
+    }
+    if match is not None:
+        columns[f"exact (≤ {exact_tokens} tokens)"] = f"{match.right:,} of {match.asked:,}"
+    for column in columns:
         table.add_column(column, justify="right")
-    score_columns = f"{result.bits_per_byte:.4f}", f"{result.nats_per_token:.4f}", f"{result.tokens:,}"
-    table.add_row(*score_columns, f"{packed.num_bytes:,}", f"{record['tokens_per_second']:,.0f}")
+    table.add_row(*columns.values())
     Console().print(table)
+    if packed.note:
+        Console(stderr=True, highlight=False).print(packed.note, markup=False, soft_wrap=True)
     return result

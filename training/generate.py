@@ -111,9 +111,9 @@ class Generator:
         """(params, decoder, count) -> the decoder after, and the tokens [B, count]."""
 
 
-def left_pad(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts as one array [B, T], ending together; padding is segment 0, the prompts are segment 1."""
-    length = max(map(len, prompts))
+def left_pad(prompts: Sequence[np.ndarray], width: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts as one array [B, T], T ≥ width, ending together; padding is segment 0, the prompts are segment 1."""
+    length = max(width, *map(len, prompts))
     tokens = np.zeros((len(prompts), length), np.int32)
     segment_ids = np.zeros_like(tokens)
     for row, prompt in enumerate(prompts):
@@ -132,6 +132,8 @@ def generate(
     seed: int = 0,
     finished: Callable[[int, np.ndarray], bool] = lambda row, tokens: False,
     progress: Callable[[int], None] = lambda tokens: None,
+    generator: Generator | None = None,
+    width: int = 0,
 ) -> list[np.ndarray]:
     """Continues prompts.
 
@@ -144,12 +146,14 @@ def generate(
         seed: of the draws.
         finished: asked of each row now and then, with the tokens drawn so far; decoding ends when all rows are.
         progress: called with the number of tokens drawn so far.
+        generator: of this graph and sampling, to be compiled once for many calls; None: a new one.
+        width: prompts are padded to at least so many tokens.
 
     Returns:
         The drawn tokens of each prompt.
     """
-    generator = Generator(graphdef, sampling)
-    tokens, segment_ids = left_pad(prompts)
+    generator = generator or Generator(graphdef, sampling)
+    tokens, segment_ids = left_pad(prompts, width)
     length = tokens.shape[1] + max_tokens + BLOCK
     decoder = generator.prefill(params, tokens, segment_ids, jax.random.key(seed), length=length)
     drawn = np.zeros((len(prompts), 0), np.int32)

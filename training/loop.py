@@ -66,6 +66,7 @@ def train(
         flops_per_token += sizes.flops_per_token(teacher.config, experiment.data.sequence_length)
     _, own, own_frozen = split(objective)
     validation = prepare(experiment.data, tokenizer, "validation")
+    notes = [validation.note] if validation.note else []
     glance = prepare(experiment.data, tokenizer, "validation", config.eval_tokens) if config.eval_tokens else validation
     data = train_iterator(
         experiment.data,
@@ -74,6 +75,7 @@ def train(
         seed=config.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        note=notes.append,
     )
 
     # From here on the run exists.
@@ -96,6 +98,8 @@ def train(
         reporter.task(experiment.name, last, "steps") as task,
         stop_requests() as stop,
     ):
+        for note in notes:
+            reporter.note(f"{experiment.name}: {note}")
         begin = checkpoints.latest() or 0
         if begin >= last < config.steps:
             reporter.note(f"{experiment.name}: {folder} is at step {begin:,} already")
@@ -113,7 +117,7 @@ def train(
 
         task.update(begin, "compiling")
         step = make_step(graphdef, objective, optimizer, config)
-        batch = sharding.abstract_batch(config.batch_size, experiment.data.sequence_length + 1, mesh)
+        batch = sharding.abstract_batch(config.batch_size, validation.rows, mesh)
         compiled = compile_step(step, state, batch, layout, mesh)
         sums = make_evaluate(graphdef, measured)
         reporter.note(_introduction(experiment, folder, mesh, abstract_params))

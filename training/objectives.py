@@ -37,14 +37,20 @@ class Questions(NamedTuple):
 
 
 Asker = Callable[[Batch, jax.Array], Questions]
-"""(batch, rng) -> Questions. A batch has `tokens` and `segment_ids`, integers [B, T + 1]; segment 0 is padding."""
+"""(batch, rng) -> Questions. A batch has `tokens` and `segment_ids`, integers [B, T + 1]; segment 0 is padding.
+
+It may have `weights`, float32 [B, T + 1]: how much each token counts as a target; in conversations responses do.
+"""
 
 
 def next_tokens(batch: Batch, rng: jax.Array) -> Questions:
-    """The next token of the same document; `rng` is unused."""
+    """The next token of the same document, where it counts; `rng` is unused."""
     tokens, segment_ids = batch["tokens"], batch["segment_ids"]
     same = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] != 0)
-    return Questions(tokens[:, :-1], segment_ids[:, :-1], tokens[:, 1:], same.astype(jnp.float32))
+    weights = same.astype(jnp.float32)
+    if "weights" in batch:
+        weights *= batch["weights"][:, 1:]
+    return Questions(tokens[:, :-1], segment_ids[:, :-1], tokens[:, 1:], weights)
 
 
 def hidden_tokens(batch: Batch, rng: jax.Array, *, vocab_size: int, mask_id: int) -> Questions:

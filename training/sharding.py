@@ -97,7 +97,10 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
 
 
-def abstract_batch(rows: int, length: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """What `put_batch` will make of a batch of token rows."""
-    shape = jax.ShapeDtypeStruct((rows, length), np.int32, sharding=NamedSharding(mesh, BATCH))
-    return {"tokens": shape, "segment_ids": shape}
+def abstract_batch(count: int, rows: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `put_batch` will make of a batch of `count` such rows."""
+    sharding = NamedSharding(mesh, BATCH)
+    return {
+        name: jax.ShapeDtypeStruct((count, *value.shape[1:]), value.dtype, sharding=sharding)
+        for name, value in rows.items()
+    }

@@ -14,7 +14,8 @@ from phyla.kernels.dispatch import Unfit
 from phyla.kernels.gpu import pad
 from phyla.kernels.gpu_attention import fit_chip
 from phyla.kernels.partition import per_device
-from phyla.kernels.quantized_matmul.formats import Channels, Float8, Format, Int4, Int8, Outliers, round_rows
+from phyla.kernels.quantized_matmul.codes import Int4
+from phyla.kernels.quantized_matmul.formats import Channels, Float8, Format, Int8, Outliers, round_rows
 from phyla.kernels.quantized_matmul.gpu_blocks import DEPTH, matmul
 from phyla.kernels.quantized_matmul.nf4 import NF4
 
@@ -95,7 +96,7 @@ def _arrays(w: Format):
     fit_chip("quantized_matmul")
     if type(w) in (Int8, Float8):
         assert isinstance(w, Channels)
-        arrays = {"codes": (w.codes, "K H"), "scale": (w.scale[None], "U H")}
+        arrays = {"codes": (w.codes, "K H"), "scale": (jnp.broadcast_to(w.scale, (1, w.shape[1])), "U H")}
         return arrays, {"kind": type(w).__name__.lower(), "planes": 1, "piece": None}
     if type(w) not in (Int4, NF4):
         raise Unfit(f"there is no kernel for {type(w).__name__}")
@@ -110,7 +111,7 @@ def _arrays(w: Format):
     def by_pieces(v):
         return jnp.repeat(v.astype(jnp.float32), group // piece, 0)[: -(-rows // piece)], "K H"
 
-    arrays = {"codes": (w.codes, "K H"), "scale": by_pieces(w.scales() if isinstance(w, NF4) else w.scale)}
+    arrays = {"codes": (w.codes, "K H"), "scale": by_pieces(w.scales())}
     if isinstance(w, Int4) and w.zero is not None:
-        arrays["shift"] = by_pieces(w.zero.astype(jnp.float32) * w.scale.astype(jnp.float32))
+        arrays["shift"] = by_pieces(w.of_groups(w.zero) * w.scales())
     return arrays, {"kind": type(w).__name__.lower(), "planes": 2, "piece": piece}

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.scipy.stats import norm
 
 from phyla import configs
-from phyla.compression.calibrate import moments
+from phyla.compression.calibrate import Columns, moments
 from phyla.compression.compress import abstract, compress
 from phyla.compression.matrices import dotted, places, replace, weights
 from phyla.compression.recipes import METHODS, parse
@@ -47,9 +47,9 @@ def config(family: str) -> ModelConfig:
 
 
 @functools.cache
-def built(family: str) -> LanguageModel:
+def built(family: str, groups: int | None = None) -> LanguageModel:
     """With random values wherever the initialisation has zeros."""
-    model = LanguageModel(config(family), nnx.Rngs(0))
+    model = LanguageModel(dataclasses.replace(config(family), groups=groups), nnx.Rngs(0))
     rng = np.random.default_rng(0)
     for _, variable in nnx.to_flat_state(nnx.state(model)):
         variable[...] = np.asarray(variable[...]) + 0.1 * rng.standard_normal(variable.shape, np.float32)
@@ -431,27 +431,41 @@ class Noted(Weight):
         return super().grouped_matmul(x, sizes)
 
 
-@pytest.mark.parametrize("family", configs.SMALL)
-def test_moments_are_those_of_what_each_matrix_multiplies(family):
-    """Against the vectors themselves, in float64."""
-    found = moments(built(family), batches())
+@pytest.mark.parametrize(("family", "groups"), [*((family, None) for family in configs.SMALL), ("transformer", 1)])
+def test_moments_are_those_of_what_each_matrix_multiplies(family, groups):
+    """Against the vectors themselves, in float64. Where layers share a matrix, its uses' maxima are added."""
+    found = moments(built(family, groups), batches())
     assert found.keys() == {place.path for place in places(built(family)) if place.kind == "matrix"}
-    model = nnx.clone(built(family))
+    model = nnx.clone(built(family, groups))
     expected = {path: np.zeros((math.prod(moment.shape[:-2]), *moment.shape[-2:])) for path, moment in found.items()}
+    figures = {path: np.zeros((len(Columns._fields), *moment.shape[:-1])) for path, moment in expected.items()}
 
     def add(path, number, x, sizes=None):
         rows = np.split(np.float64(x).reshape(-1, x.shape[-1]), np.cumsum(sizes)[:-1] if sizes is not None else [])
         for n, x in zip(np.ravel(number), rows, strict=True):
             expected[path][n] += x.T @ x
+            a = np.abs(x)
+            figures[path][:-1, n] += np.stack([a, a**2, a**4, a >= 6, np.ones_like(a)]).sum(1)
+            figures[path][-1, n] = np.maximum(figures[path][-1, n], a.max(0, initial=0))
 
     for path in found:
         replace(model, path, Noted(materialize(weights(model)[path]), functools.partial(add, path)))
     for tokens, segment_ids in batches():
         nnx.jit(lambda model, *given: model.forward(*given).hidden)(model, tokens, None, segment_ids)
     jax.effects_barrier()
+    uses = 1 if groups is None else built(family).config.repeats // groups
     for path, moment in found.items():
         close = {"rtol": 1e-3, "atol": 1e-4 * expected[path].max(), "err_msg": dotted(path)}
         np.testing.assert_allclose(moment, expected[path].reshape(moment.shape), **close)
+        *sums, largest = (value.reshape(moment.shape[:-1]) for value in figures[path])
+        columns = found.columns[path]
+        for sum_, value in zip(columns[:-1], sums, strict=True):
+            np.testing.assert_allclose(sum_, value, rtol=1e-3, atol=1e-4 * value.max(), err_msg=dotted(path))
+        if uses == 1:
+            np.testing.assert_allclose(columns.largest, largest, rtol=1e-4, err_msg=dotted(path))
+        else:
+            assert (largest * 0.999 <= columns.largest).all()
+            assert (columns.largest <= largest * 1.001 * uses).all()
 
 
 def hidden(model: LanguageModel) -> np.ndarray:

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from phyla import configs
-from phyla.compression.calibrate import moments
+from phyla.compression.calibrate import Moments, moments
 from phyla.compression.compress import abstract, compress
 from phyla.compression.matrices import places, weights
 from phyla.compression.mixed import CANDIDATES, MORE, Choice, choices, spend
@@ -113,8 +113,8 @@ def test_errors_are_those_of_the_outputs():
     matrix, table = (next(p for p in places(model) if p.kind == kind) for kind in ("matrix", "table"))
     for place, given in (
         (matrix, found),
-        (matrix, dict.fromkeys(found, jnp.zeros_like(found[matrix.path]))),
-        (table, {}),
+        (matrix, Moments(dict.fromkeys(found, jnp.zeros_like(found[matrix.path])))),
+        (table, Moments()),
     ):
         W = np.asarray(place.value[...], np.float64)
         W = W.T[None] if place.kind == "table" else W
@@ -137,7 +137,7 @@ def test_a_budget_is_kept_and_becomes_plain_recipes():
     model = model_of("mamba")
     bits = {}
     for budget in ("budget-4", "budget-6"):
-        (step,) = compress(model, parse(budget), lambda model: moments(model, text()))
+        (step,) = compress(model, parse(budget), lambda model, measure: measure(model, text()))
         held = [each for each in weights(step.model).values() if isinstance(each, Quantized)]
         size = sum(np.prod(each.shape) for each in held)
         bits[budget] = 8 * sum(each.nbytes for each in held) / size

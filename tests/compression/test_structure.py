@@ -13,6 +13,7 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
+from phyla.compression.calibrate import Moments
 from phyla.compression.compress import abstract, compress
 from phyla.compression.depth import influence
 from phyla.compression.matrices import places
@@ -386,7 +387,7 @@ def test_rows_are_fitted_to_what_all_of_them_gave(K, N, data):
     expected = w[kept] + np.linalg.lstsq(A, b, rcond=None)[0]
     units = Units(count=K, cuts=(Cut("out.weight", -2, (1,)),))
     path = ("prefix", "out", "weight")
-    values, moment = {path: jnp.float32(w)}, {path: jnp.float32(H)}
+    values, moment = {path: jnp.float32(w)}, Moments({path: jnp.float32(H)})
     found = without(path[:1], units, jnp.array(kept), values, moment)[path]
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
@@ -398,7 +399,7 @@ def test_importance_on_a_text_is_what_a_unit_adds():
     out = Piece("out.weight", -2)
     units = Units(count=4, cuts=(Cut("out.weight", -2, (3,)),), judged=(out,))
     path = ("prefix", "out", "weight")
-    found = importance(path[:1], units, {path: jnp.float32(w)}, {path: jnp.float32(X.T @ X)})
+    found = importance(path[:1], units, {path: jnp.float32(w)}, Moments({path: jnp.float32(X.T @ X)}))
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 

@@ -11,7 +11,7 @@ from phyla.models.errors import UserError
 from phyla.training import targets
 from phyla.training.bench import bundles
 from phyla.training.bench.compile import assembler
-from phyla.training.bench.kernels import DIRECTIONS, bench_kernels, bound, published, tables
+from phyla.training.bench.kernels import DIRECTIONS, bench_kernels, bound, estimated, published, tables
 from phyla.training.bench.problems import CHIP, PROBLEMS, Work
 from phyla.training.bench.static import Job, estimate
 from tests.training import known_kernel
@@ -86,6 +86,16 @@ def test_bounds():
     assert bound(0, Work(matrix=197e9, dtype="int8"), limits) == (pytest.approx(0.5e-3), "matrix")
     chip = targets.CHIPS["v5e"]
     assert bound(0, Work(vector=4 * 1024, transcendental=1024), limits)[0] == pytest.approx(1 / chip.clock)
+
+
+def test_an_estimate_is_the_longest_of_instructions_bytes_and_the_bound():
+    """A matrix unit takes products no faster than published, however fast bundles hand them over."""
+    program = {"cycles": 1_500, "moved": 8190, "kernels": {"one": 750}, "bound": 1e-9}
+    assert estimated(program, "v5e") == {"seconds": pytest.approx(1e-6), "alone": pytest.approx(0.5e-6)}
+    assert estimated(program | {"moved": 819_000_000}, "v5e")["seconds"] == pytest.approx(1e-3)
+    assert set(estimated(program | {"bound": 1.0}, "v5e").values()) == {1.0}
+    assert set(estimated(program | {"kernels": {}}, "v5e")) == {"seconds"}
+    assert estimated({"error": "no", "bound": 1.0}, "v5e") == {}
 
 
 def test_what_must_be_moved():

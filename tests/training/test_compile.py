@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import Mesh
@@ -59,7 +60,8 @@ def lower_step(experiment: Experiment, mesh: Mesh):
     state = jax.eval_shape(init)
     layout = sharding.shardings(state, mesh)
     placed = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), state, layout)
-    batch = sharding.abstract_batch(experiment.loop.batch_size, experiment.data.sequence_length + 1, mesh)
+    row = np.zeros((1, experiment.data.sequence_length + 1), np.int32)
+    batch = sharding.abstract_batch(experiment.loop.batch_size, {"tokens": row, "segment_ids": row}, mesh)
     step = make_step(graphdef, make_objective(experiment, mask_id=0), optimizer, experiment.loop)
     return compile_step(step, placed, batch, layout, mesh)
 

@@ -13,13 +13,14 @@ from safetensors.numpy import load_file, save_file
 
 from phyla.cli import main
 from phyla.compression.compress import compress
-from phyla.compression.matrices import weights
+from phyla.compression.matrices import dotted, weights
 from phyla.compression.recipes import parse
 from phyla.models.config import BlockConfig, ModelConfig
 from phyla.models.errors import UserError
 from phyla.models.language_model import LanguageModel
 from phyla.models.mixers.attention import AttentionConfig
 from phyla.models.weights import Weight, materialize
+from phyla.training import compress as module
 from phyla.training import run
 from phyla.training.compress import Calibration, compress_run
 from phyla.training.convert import export_model, import_model
@@ -166,6 +167,23 @@ def test_methods_that_read_text_read_what_they_are_told(trained, tmp_path):
     assert (np.count_nonzero(np.reshape(dense, (-1, 4, dense.shape[-1])), axis=1) <= 2).all()
 
 
+def test_weights_that_wrap_others_are_saved_and_reported(trained, tmp_path):
+    """By the names that the parameters had; what was read, too."""
+    options = Calibration(tokens=500)
+    record = compress_run(trained, parse("rotate+w8a8-tensor"), tmp_path / "out", calibration=options)
+    names = {".".join(map(str, path)) for path in weights(load(trained).model())}
+    assert record["parameters"].keys() | record["left"].keys() == names
+    query = record["parameters"]["periods.blocks.0.mixer.q.weight"]
+    assert query["recipes"] == ["rotate", "w8a8-tensor"]
+    assert query["bits_per_weight"] == pytest.approx(8 + (16 * 32 + 16 * 8 + 32) / 256)  # scales, signs, a scale
+    assert record["activations"]["periods.blocks.0.mixer.q.weight"]["inputs"] == 16
+    assert record["activations"].keys() < names
+    assert record["steps"][-1]["kl"] < 0.05
+    path = ("periods", "blocks", 0, "mixer", "q", "weight")
+    before, after = (materialize(weights(load(folder).model())[path]) for folder in (trained, tmp_path / "out"))
+    np.testing.assert_allclose(after, before, atol=0.03 * np.abs(before).max())
+
+
 def test_an_imported_model_is_exported_dense(tmp_path, capsys):
     """One without a tokenizer, hence without a loss."""
     import_model(LLAMA, tmp_path / "run")
@@ -282,3 +300,21 @@ def test_no_run(tmp_path, capsys):
     assert "is not a run" in capsys.readouterr().err
     assert main(["compress", "--list"]) == 0
     assert "magnitude-2:4" in capsys.readouterr().out
+
+
+def test_errors_by_layer_and_speed(trained, tmp_path, monkeypatch):
+    """‖W' - W‖ / ‖W‖ of each layer, in numpy, and both models are timed."""
+    monkeypatch.setattr(module, "CONTEXT", 8)
+    record = compress_run(trained, parse("int4-g2"), tmp_path / "out", speed=True)
+    before, after = (weights(load(folder).model()) for folder in (trained, tmp_path / "out"))
+    found = record["errors"]
+    assert (tmp_path / "out" / "errors.png").exists()
+    for path, weight in before.items():
+        old, new = np.asarray(materialize(weight), np.float64), np.asarray(materialize(after[path]), np.float64)
+        layers = ((old, new),) if path[0] != "periods" else zip(old, new, strict=True)
+        expected = [np.linalg.norm(b - a) / np.linalg.norm(a) for a, b in layers]
+        name = dotted(path).removeprefix("periods.")
+        if any(expected):
+            np.testing.assert_allclose(found.pop(name), expected, rtol=1e-4)
+    assert not found
+    assert all(record["steps"][i]["decode"] > 0 for i in (0, 1))

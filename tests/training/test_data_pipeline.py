@@ -68,7 +68,7 @@ def predictions(tokens_RxT1, segment_ids_RxT1):
 def test_every_token_is_predicted_once_and_segments_never_mix(lengths, row_length):
     ends = np.cumsum(lengths)
     documents = [np.arange(end - n, end, dtype=np.int32) for n, end in zip(lengths, ends, strict=True)]
-    rows = list(RowPacker(iter(documents), row_length))
+    rows = list(RowPacker(({"tokens": document} for document in documents), row_length))
     tokens = np.stack([row["tokens"] for row in rows])
     segment_ids = np.stack([row["segment_ids"] for row in rows])
     assert tokens.dtype == segment_ids.dtype == np.int32

@@ -1,8 +1,9 @@
 """`phyla bench kernels`: each op, forward and backward, against what its bytes and its operations allow.
 
 For a TPU that is not here, the estimate is static (`bundles`): the compiled program's instructions at one a cycle, or
-its bytes at the published bandwidth, whichever takes longer. For a GPU that is not here, every kernel is compiled to
-machine code. On the device that is here, times are medians.
+its bytes at the published bandwidth, whichever takes longer, but no less than the bound: bundles may hand products to
+the matrix units faster than those take them. For a GPU that is not here, every kernel is compiled to machine code. On
+the device that is here, times are medians.
 """
 
 import functools
@@ -29,6 +30,8 @@ from phyla.training.progress import Reporter
 from phyla.training.targets import CHIPS, GPUS, KINDS
 
 TARGETS = (*CHIPS, *GPUS, "cpu")
+WIDTH = 100
+"""Of what is printed into a file; a terminal has its own."""
 SHORT = 64
 """Tokens from which on no implementation may be slower than the reference."""
 
@@ -80,6 +83,8 @@ def bench_kernels(ops: Sequence[str], *, target: str | None, json: Path | None, 
     record["limits"] = {"bandwidth": limits.bandwidth, "matrix": limits.matrix("bfloat16")}
     run.write_json(path, record)
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
     for table in tables(record):
         console.print(table)
 
@@ -134,15 +139,23 @@ def static(target: str, names: Sequence[str], limits: Limits, record: dict[str, 
         for implementation in ("gpu" if target in GPUS else "tpu", "xla")
         if implementation in problem.implementations()
     ]
-    clock, found = (CHIPS | GPUS)[target].clock, {}
+    found = {}
     with Reporter() as reporter, reporter.task(f"compile for {target}", len(jobs), "programs") as task:
         for job, estimate in estimates(target, jobs):
-            if "cycles" in estimate:
-                estimate["seconds"] = max(estimate["cycles"] / clock, estimate["moved"] / limits.bandwidth)
             found[job] = row(made[job.problem], job, limits) | estimate
+            found[job] |= estimated(found[job], target)
             record["rows"] = [found[each] for each in jobs if each in found]
             run.write_json(path, record)
             task.update(len(found), f"{job.problem} {job.direction}, {job.implementation}")
+
+
+def estimated(each: dict[str, Any], target: str) -> dict[str, float]:
+    """Seconds of a row with cycles: all of its program, and alone what is in its kernels. At least the bound."""
+    if "cycles" not in each:
+        return {}
+    chip, kernels = (CHIPS | GPUS)[target], sum(each["kernels"].values())
+    alone = {"alone": max(each["bound"], kernels / chip.clock)} if kernels else {}
+    return {"seconds": max(each["bound"], each["cycles"] / chip.clock, each["moved"] / chip.bandwidth)} | alone
 
 
 def clocked(names: Sequence[str], size: Size, limits: Limits, rounds: int, record: dict[str, Any], path: Path) -> None:
@@ -218,12 +231,14 @@ def static_table(record: dict[str, Any]) -> Table:
     target, (B, T, D) = record["target"], record["size"]
     caption = (
         f"{target} at {CHIPS[target].clock / 1e9:g} GHz, bfloat16, {B} × {T} tokens, width {D}. Static estimates, no "
-        "measurement: instructions at one a cycle, or bytes at the published bandwidth, whichever takes longer; no "
-        "waiting for copies. MB, Gop: what must be moved and done. of: the bound they imply over the estimate. "
-        "says: the compiler's own estimate."
+        "measurement: instructions at one a cycle, or bytes at the published bandwidth, or the bound, whichever takes "
+        "longest; no waiting for copies. MB, Gop: what must be moved and done. of: the bound they imply over the "
+        "estimate; alone: over the kernel's own instructions, without what XLA does around it, such as copies into "
+        "its layout. says: the compiler's own estimate. ×: XLA's time over the kernel's."
     )
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, caption=caption, caption_justify="left")
-    heads = ("MB", "Gop", "bound\nµs", "by", "kernel\ncycles", "\nµs", "\nof", "XLA\nµs", "\nof", "\nsays", "×")
+    heads = ("MB", "Gop", "bound\nµs", "by", "kernel\ncycles", "\nµs", "\nof", "\nalone")
+    heads += ("XLA\nµs", "\nof", "\nsays", "×")
     table.add_column("", no_wrap=True)
     for head in heads:
         table.add_column(head, justify="right", vertical="bottom", no_wrap=True)
@@ -241,6 +256,7 @@ def static_table(record: dict[str, Any]) -> Table:
             f"{kernel['cycles']:,}" if "cycles" in kernel else "–",
             _micro(kernel.get("seconds")),
             _share(kernel),
+            f"{kernel['bound'] / kernel['alone']:.0%}" if "alone" in kernel else "–",
             _micro(xla.get("seconds")),
             _share(xla),
             _micro(xla.get("compiler", {}).get("seconds")),

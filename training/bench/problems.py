@@ -172,8 +172,8 @@ def mlstm(size: Size) -> Problem:
 
 
 def slstm(size: Size) -> Problem:
-    """xLSTM: four heads over half the width, a batch of 8 with an eighth of the tokens each."""
-    B, T, H = 8 * size.B, max(size.T // 8, 1), 4
+    """xLSTM: four heads over half the width, a batch of 8 with an eighth of the tokens each, but 64."""
+    B, T, H = 8 * size.B, max(size.T // 8, min(size.T, 64)), 4
     P = size.D // 2 // H
     gate = _array(B, T, H, P, dtype=size.dtype)
     arguments = dict.fromkeys("ifzo", gate) | {"R": _array(4, H, P, P), "bias": _array(4, H, P)}

@@ -1,10 +1,12 @@
 """What to train and validate on, said in plain values (nothing heavy is imported here: `--help` reads it)."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from phyla.models.errors import UserError
 
 BUILT_IN_SOURCE = "austen"
+_PROBLEMS = "arithmetic:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,19 +16,28 @@ class DataConfig:
     A source is "austen" (the six novels that ship with phyla), a text file or a glob of them ("books/*.txt", one
     document per file), JSON lines ("*.jsonl", one document per line) or "hf:NAME_OR_FOLDER[@CONFIG][#SPLIT]", which
     goes to `datasets.load_dataset` (SPLIT is "train" unless said).
+
+    With a template the documents are conversations, of which only the assistant's words are learned: JSON lines or
+    a dataset with `messages` (role, content), `conversations` (from, value; ShareGPT), instruction, input and output
+    (Alpaca), prompt and response, or question and answer; or "arithmetic:N", N word problems that phyla makes, each
+    answered at once, step by step, and by a program.
     """
 
     source: str = BUILT_IN_SOURCE
-    """Training text: austen, a text file or glob, PATH.jsonl, or hf:NAME_OR_FOLDER[@CONFIG][#SPLIT]."""
+    """Training text: austen, a text file or glob, PATH.jsonl, hf:NAME_OR_FOLDER[@CONFIG][#SPLIT], or arithmetic:N."""
 
     validation: str | None = None
-    """Validation text, in the notation of source. None: austen holds out Persuasion, others their last documents."""
+    """Validation text, in the notation of source. None: austen holds out Persuasion, arithmetic a share of its
+    possible problems, others their last documents."""
 
     validation_fraction: float = 0.05
     """Share of the documents (of the text, where there is one document) held out when validation is None."""
 
     text_field: str = "text"
     """The field of a JSON line, or the column of a dataset, that holds the text."""
+
+    template: Literal["auto", "chatml", "llama3", "plain"] | None = None
+    """The records are conversations, written in this way; auto: in the tokenizer's. None: they are texts."""
 
     streaming: bool = False
     """Read the training documents as they are needed, for text that does not fit in memory."""
@@ -57,12 +68,22 @@ class DataConfig:
             _check_source("data.validation", self.validation)
             if self.validation == self.source:
                 raise UserError(f"data.validation must differ from data.source, both are {self.source!r}")
-        elif self.streaming and self.source != BUILT_IN_SOURCE:
+        elif self.streaming and self.source != BUILT_IN_SOURCE and not problem_count(self.source):
             raise UserError(
                 "data.validation must name a source when data.streaming is on: the last documents of a stream are "
                 "not known in advance"
             )
         _check_tokenizer(self.tokenizer)
+        for field, source in (("data.source", self.source), ("data.validation", self.validation)):
+            if source == BUILT_IN_SOURCE and self.template is not None:
+                raise UserError(f"{field} 'austen' has no conversations: leave data.template out")
+            if source and source.startswith(_PROBLEMS) and self.template is None:
+                raise UserError(f"{field} {source!r} is conversations: name a template, as in data.template plain")
+
+
+def problem_count(source: str) -> int:
+    """Return N of "arithmetic:N", and 0 for any other source."""
+    return int(source.removeprefix(_PROBLEMS)) if source.startswith(_PROBLEMS) else 0
 
 
 def _check_source(field: str, source: str) -> None:
@@ -70,6 +91,9 @@ def _check_source(field: str, source: str) -> None:
         raise UserError(
             f"{field} must be 'austen', a text file or glob, PATH.jsonl or hf:NAME_OR_FOLDER, not {source!r}"
         )
+    count = source.removeprefix(_PROBLEMS)
+    if count != source and not (count.isdecimal() and int(count) >= 1):
+        raise UserError(f"{field} must be arithmetic:N with N at least 1, as in arithmetic:10000, not {source!r}")
 
 
 def _check_tokenizer(spec: str) -> None:

@@ -5,11 +5,15 @@ ids: 1, 2, ... per document in the row, 0 for padding. The inputs are row[:-1] a
 where its segment is that of its input and is not 0. A document that goes on in the next row repeats its last id there,
 so every id of every document but its BOS is a target that counts exactly once. The EOS counts as a target and spells 0
 bytes.
+
+With `data.template` a document is a conversation and a row has a third array: 1 where the token, as a target, counts.
+A conversation is never divided: the next one that does not fit begins the next row. One that is longer than a row loses
+its beginning, and is left out where words of the assistant would be lost or there are none.
 """
 
 import itertools
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +23,14 @@ from grain.experimental import WindowShuffleIterDataset
 
 from phyla.models.errors import UserError
 from phyla.training.data.config import DataConfig
-from phyla.training.data.sources import Position, Split, documents, stream
+from phyla.training.data.conversations import ChatFormat, Conversation, fit, response_bytes
+from phyla.training.data.sources import Position, Split, conversations, documents, stream
 from phyla.training.data.tokenizers import Tokenizer, as_document, encode_document
 
 Batch = dict[str, np.ndarray]
-"""{"tokens": int32 [B, T+1], "segment_ids": int32 [B, T+1]}"""
+"""{"tokens": int32 [B, T+1], "segment_ids": int32 [B, T+1]}, of conversations also "weights": float32 [B, T+1]"""
+Document = dict[str, np.ndarray]
+"""{"tokens": int32 [L]}, of conversations also "weights": float32 [L]"""
 
 _EPOCHS = 2**31
 
@@ -41,12 +48,22 @@ class Packed:
         num_tokens: targets that count, in all rows; the EOS of every document is one.
         num_bytes: UTF-8 bytes of the text that those targets spell, so that
             bits per byte = total nats / ln 2 / num_bytes.
+        weights: float32 [R, T+1], of conversations: 1 where the token, as a target, counts.
+        note: of conversations that did not fit into a row, what became of them; else empty.
     """
 
     tokens: np.ndarray
     segment_ids: np.ndarray
     num_tokens: int
     num_bytes: int
+    weights: np.ndarray | None = None
+    note: str = ""
+
+    @property
+    def rows(self) -> Batch:
+        """All rows, as a batch."""
+        rows = {"tokens": self.tokens, "segment_ids": self.segment_ids}
+        return rows if self.weights is None else {**rows, "weights": self.weights}
 
     @property
     def bytes_per_token(self) -> float:
@@ -62,10 +79,7 @@ class Packed:
         mine = _share(batch_size, process_index, process_count)
         for start in range(0, len(self.tokens), batch_size):
             rows = slice(start + mine.start, start + mine.stop)
-            yield {
-                "tokens": _pad_rows(self.tokens[rows], mine.stop - mine.start),
-                "segment_ids": _pad_rows(self.segment_ids[rows], mine.stop - mine.start),
-            }
+            yield {name: _pad_rows(value[rows], mine.stop - mine.start) for name, value in self.rows.items()}
 
 
 def prepare(config: DataConfig, tokenizer: Tokenizer, split: Split, max_tokens: int | None = None) -> Packed:
@@ -76,16 +90,18 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, split: Split, max_tokens: 
         tokenizer: see `make_tokenizer`.
         split: "train" or "validation".
         max_tokens: stop after this many counted targets (no more documents are read than that takes). The bytes
-            that they spell are exact for bytes and byte-level vocabularies.
+            that they spell are exact for bytes and byte-level vocabularies. Conversations stay whole.
 
     Raises:
-        UserError: the split does not fill one row, or its documents cannot be read.
+        UserError: the split does not fill one row, no conversation fits into one, or its documents cannot be read.
     """
     if max_tokens is not None and max_tokens < 1:
         raise UserError(f"max_tokens must be at least 1, not {max_tokens}")
+    if config.template is not None:
+        return _prepare_conversations(config, tokenizer, split, max_tokens)
     encoded, num_tokens, num_bytes = [], 0, 0
     for ids, length in _encode(documents(config, split), tokenizer, max_tokens):
-        encoded.append(ids)
+        encoded.append({"tokens": ids})
         num_tokens += len(ids) - 1
         num_bytes += length
     row_length = config.sequence_length + 1
@@ -94,13 +110,43 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, split: Split, max_tokens: 
         raise UserError(
             f"data.sequence_length + 1 = {row_length} tokens make a row, the {split} text has only {num_ids}"
         )
-    rows = list(RowPacker(iter(encoded), row_length))
+    return Packed(**_stack(RowPacker(iter(encoded), row_length)), num_tokens=num_tokens, num_bytes=num_bytes)
+
+
+def _prepare_conversations(config: DataConfig, tokenizer: Tokenizer, split: Split, max_tokens: int | None) -> Packed:
+    chat, length = ChatFormat(config.template or "plain", tokenizer), config.sequence_length + 1
+    fitting, num_tokens, num_bytes, read, cut = [], 0, 0, 0, 0
+    for conversation in conversations(config, split):
+        encoded = chat.encode(conversation)
+        read += 1
+        if (fitted := fit(encoded, length)) is None:
+            continue
+        cut += len(fitted.tokens) < len(encoded.tokens)
+        fitting.append(fitted._asdict())
+        num_tokens += int(fitted.weights.sum())
+        num_bytes += response_bytes(conversation)
+        if max_tokens is not None and num_tokens >= max_tokens:
+            break
+    if not fitting:
+        raise UserError(
+            f"none of the {read} {split} conversations has a response that fits into a row of data.sequence_length + 1 "
+            f"= {length} tokens"
+        )
+    note = (
+        f"of {read:,} {split} conversations {cut:,} lost their beginning and {read - len(fitting):,} were left out: "
+        f"too long for a row of data.sequence_length + 1 = {length} tokens, or without a response"
+    )
     return Packed(
-        tokens=np.stack([row["tokens"] for row in rows]),
-        segment_ids=np.stack([row["segment_ids"] for row in rows]),
+        **_stack(RowPacker(iter(fitting), length, whole=True)),
         num_tokens=num_tokens,
         num_bytes=num_bytes,
+        note=note if cut or len(fitting) < read else "",
     )
+
+
+def _stack(rows: Iterable[Batch]) -> dict[str, Any]:
+    rows = list(rows)
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def train_iterator(
@@ -111,6 +157,7 @@ def train_iterator(
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
+    note: Callable[[str], None] = lambda text: None,
 ) -> grain.DatasetIterator[Batch]:
     """Return the endless iterator over training batches of one process, int32 [b, T+1] with b = batch_size / processes.
 
@@ -128,6 +175,7 @@ def train_iterator(
         seed: of the order, in [0, 2**32).
         process_index: this process, in [0, process_count).
         process_count: processes that share the global batch.
+        note: told what became of conversations that do not fit, unless they are streamed.
 
     Raises:
         UserError: process_count does not divide batch_size, the split does not fill one row, or its documents cannot
@@ -149,47 +197,62 @@ def train_iterator(
         # no prefetching thread: while the device computes, this process has nothing else to do
         return iter(batches)
     packed = prepare(config, tokenizer, "train")
+    if packed.note:
+        note(packed.note)
     # as good as endless; the length of grain's own endless repeat overflows in batches of one row
     order = grain.MapDataset.range(len(packed.tokens)).seed(seed).shuffle().repeat(_EPOCHS).batch(batch_size)
 
     def gather(rows_B: np.ndarray) -> Batch:
         rows_b = rows_B[mine]
-        return {"tokens": packed.tokens[rows_b], "segment_ids": packed.segment_ids[rows_b]}
+        return {name: value[rows_b] for name, value in packed.rows.items()}
 
     return iter(order.map(gather).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
 
 class RowPacker(Iterator[Batch]):
-    """Rows, one at a time, from encoded documents; the last row is filled up with segment 0.
+    """Rows, one at a time, from encoded documents; what is left of a row is filled up with segment 0.
+
+    Args:
+        documents: encoded, of at most `row_length` tokens each if they are to stay whole.
+        row_length: T+1.
+        rest: of a document, to begin with.
+        whole: a document that does not fit into the rest of a row begins the next one.
 
     Attributes:
-        rest: ids of the current document that start the next row.
+        rest: of the current document, what starts the next row.
     """
 
-    def __init__(self, documents: Iterator[np.ndarray], row_length: int, rest: np.ndarray | None = None):
+    def __init__(
+        self, documents: Iterator[Document], row_length: int, rest: Document | None = None, *, whole: bool = False
+    ):
         self._documents = documents
         self._row_length = row_length
-        self.rest = np.zeros(0, np.int32) if rest is None else rest
+        self._whole = whole
+        self.rest: Document = {"tokens": np.zeros(0, np.int32)} if rest is None else rest
 
     def __next__(self) -> Batch:
-        """Return {"tokens": int32 [T+1], "segment_ids": int32 [T+1]}."""
-        tokens = np.zeros(self._row_length, np.int32)
-        segment_ids = np.zeros(self._row_length, np.int32)
-        filled = 0
-        for segment in itertools.count(1):
-            if not len(self.rest):
+        """Return {"tokens": int32 [T+1], "segment_ids": int32 [T+1]} and the documents' other arrays; padding is 0."""
+        pieces: list[Document] = []
+        room = self._row_length
+        while room:
+            if not len(self.rest["tokens"]):
                 self.rest = next(self._documents, self.rest)
-            piece = self.rest[: self._row_length - filled]
-            if not len(piece):
+            length = len(self.rest["tokens"])
+            if not length or (self._whole and length > room):
                 break
-            tokens[filled : filled + len(piece)] = piece
-            segment_ids[filled : filled + len(piece)] = segment
-            filled += len(piece)
+            size = min(length, room)
             # what goes on in the next row is predicted there from the last id of this one
-            self.rest = self.rest[len(piece) - 1 :] if len(piece) < len(self.rest) else self.rest[:0]
-        if not filled:
+            kept = size - 1 if size < length else size
+            pieces.append({name: value[:size] for name, value in self.rest.items()})
+            self.rest = {name: value[kept:] for name, value in self.rest.items()}
+            room -= size
+        if not pieces:
             raise StopIteration
-        return {"tokens": tokens, "segment_ids": segment_ids}
+        row = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+        row["segment_ids"] = np.repeat(
+            np.arange(1, len(pieces) + 1, dtype=np.int32), [len(piece["tokens"]) for piece in pieces]
+        )
+        return {name: np.pad(value, (0, room)) for name, value in row.items()}
 
 
 class _RowStream(grain.IterDataset[Batch]):
@@ -217,25 +280,44 @@ class _RowStreamIterator(grain.DatasetIterator[Batch]):
         return next(self._rows)
 
     def get_state(self) -> dict[str, Any]:
-        return {"position": self._position, "done": self._length - len(self._rows.rest)}
+        return {"position": self._position, "done": self._length - len(self._rows.rest["tokens"])}
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._position: Position = state["position"]
         self._length = 0
         documents = self._repeat(self._position)
-        rest = next(documents)[state["done"] :] if state["done"] else None
-        self._rows = RowPacker(documents, self._config.sequence_length + 1, rest)
+        rest = {name: value[state["done"] :] for name, value in next(documents).items()} if state["done"] else None
+        whole = self._config.template is not None
+        self._rows = RowPacker(documents, self._config.sequence_length + 1, rest, whole=whole)
 
-    def _repeat(self, position: Position) -> Iterator[np.ndarray]:
-        """Yield the ids of the training documents from `position` on, over and over, and keep the state up."""
+    def _repeat(self, position: Position) -> Iterator[Document]:
+        """Yield the training documents from `position` on, over and over, and keep the state up."""
+        encode = _encoder(self._config, self._tokenizer)
         while True:
-            for text, after in stream(self._config, "train", position):
-                ids = encode_document(self._tokenizer, text)
-                if len(ids) > 2:  # more than BOS and EOS
-                    self._position, self._length = position, len(ids)
-                    yield ids
+            for document, after in stream(self._config, "train", position):
+                if (encoded := encode(document)) is not None:
+                    self._position, self._length = position, len(encoded["tokens"])
+                    yield encoded
                 position = after
             position = None
+
+
+def _encoder(config: DataConfig, tokenizer: Tokenizer) -> Callable[[Any], Document | None]:
+    """Return what encodes one document of a stream; None is one to leave out."""
+    if config.template is not None:
+        chat = ChatFormat(config.template, tokenizer)
+
+        def encode_conversation(conversation: Conversation) -> Document | None:
+            fitted = fit(chat.encode(conversation), config.sequence_length + 1)
+            return None if fitted is None else fitted._asdict()
+
+        return encode_conversation
+
+    def encode_text(text: str) -> Document | None:
+        ids = encode_document(tokenizer, text)
+        return {"tokens": ids} if len(ids) > 2 else None  # more than BOS and EOS
+
+    return encode_text
 
 
 def _encode(texts: Iterable[str], tokenizer: Tokenizer, max_tokens: int | None) -> Iterator[tuple[np.ndarray, int]]:

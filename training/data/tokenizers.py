@@ -54,6 +54,10 @@ class Tokenizer(Protocol):
         """The id that hides a token in masked-token training; `vocab_size` where the tokenizer has none of its own."""
         ...
 
+    def special_id(self, name: str) -> int | None:
+        """Return the id of the special token of that name; None if there is none."""
+        ...
+
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of a text, int32 [L], without any special token."""
         ...
@@ -86,6 +90,10 @@ class ByteTokenizer:
     bos_id = 256
     eos_id = 256
     mask_id = 257  # beyond the vocabulary
+
+    def special_id(self, name: str) -> int | None:
+        """Return None: the separator has no name."""
+        return None
 
     def encode(self, text: str | bytes) -> np.ndarray:
         """Return the bytes of a text, int32 [L]."""
@@ -138,6 +146,11 @@ class HuggingFaceTokenizer:
         self.vocab_size = max(core.get_vocab(with_added_tokens=True).values()) + 1
         byte_level = isinstance(core.decoder, tokenizers.decoders.ByteLevel)
         self._bytes_V = _byte_lengths(core, self.vocab_size) if byte_level else None
+        self._special = {token.content: i for i, token in core.get_added_tokens_decoder().items() if token.special}
+
+    def special_id(self, name: str) -> int | None:
+        """Return the id of the special token of that name; None if there is none."""
+        return self._special.get(name)
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of a text, int32 [L], without any special token."""
