@@ -27,6 +27,7 @@ class Output(NamedTuple):
     hidden: jax.Array  # [B, T, D] in the compute dtype, normalised, for `logits`
     state: ModelState | None  # after the last token; None if None was given
     routing: tuple[Any, ...]  # a `Routing` of each mixture of experts in prefix and pattern, stacked over layers
+    layers: jax.Array | None = None  # float32 [L + 1, B, T, D], the residual stream before and after every block
 
 
 class Block(nnx.Module):
@@ -89,15 +90,16 @@ class Period(nnx.Module):
 
     def __call__(
         self, x: jax.Array, value: jax.Array | None, states: tuple | None, segment_ids: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array | None, tuple, tuple]:
-        """See `Block`; one state for each block, one routing for each mixture of experts."""
-        after, routings, first = [], [], value
+    ) -> tuple[jax.Array, jax.Array | None, tuple, tuple, tuple]:
+        """See `Block`; a state and a residual stream for each block, a routing for each mixture of experts."""
+        after, routings, streams, first = [], [], [], value
         for i, block in enumerate(self.blocks):
             state = None if states is None else states[i]
             x, value, state, routing = block(x, value if first is not None else None, state, segment_ids)
             after.append(state)
             routings += [] if routing is None else [routing]
-        return x, first, tuple(after), tuple(routings)
+            streams.append(x)
+        return x, first, tuple(after), tuple(routings), tuple(streams)
 
 
 class HeadTransform(nnx.Module):
@@ -207,6 +209,8 @@ class LanguageModel(nnx.Module):
         state: ModelState | None = None,
         segment_ids: jax.Array | None = None,
         token_types: jax.Array | None = None,
+        *,
+        layers: bool = False,
     ) -> Output:
         """Hidden vectors for `logits`, the state after the last token, and how experts were used.
 
@@ -215,6 +219,7 @@ class LanguageModel(nnx.Module):
             state: from `initial_state` or an earlier call; None for a sequence that is given whole.
             segment_ids: [B, T], a number for each document (0: padding); None: one document, or the state's goes on.
             token_types: [B, T], below `config.token_types`; None: all 0.
+            layers: whether the residual stream of every layer is wanted too.
 
         A learned beginning is that of each sequence's first document, also if no state is given.
 
@@ -227,7 +232,7 @@ class LanguageModel(nnx.Module):
         begin = state
         if state is None and self.beginning is not None:
             begin = self.beginning.state(self, tokens.shape[0], tokens.shape[1], segment_ids)
-        found = self.forward_embedded(self.embedding(tokens), begin, segment_ids, token_types)
+        found = self.forward_embedded(self.embedding(tokens), begin, segment_ids, token_types, layers=layers)
         return found if state is not None else found._replace(state=None)
 
     def forward_embedded(
@@ -236,31 +241,38 @@ class LanguageModel(nnx.Module):
         state: ModelState | None = None,
         segment_ids: jax.Array | None = None,
         token_types: jax.Array | None = None,
+        *,
+        layers: bool = False,
     ) -> Output:
         """`forward` for vectors [B, T, E] in the place of tokens' embeddings."""
         x_BxTxD, cursor = self._embed(x, state, segment_ids, token_types)
-        value, prefix_states, routings = None, [], []
+        value, prefix_states, routings, streams = None, [], [], [x_BxTxD]
         for i, block in enumerate(self.prefix):
             before = None if state is None else state.prefix[i]
             x_BxTxD, value, after, routing = block(x_BxTxD, value, before, segment_ids)
             prefix_states.append(after)
             routings += [] if routing is None else [jax.tree.map(lambda leaf: leaf[None], routing)]
+            streams.append(x_BxTxD)
 
         def body(carry, period_and_state):
             period, states = period_and_state
-            x, value, states, routing = period(*carry, states, segment_ids)
-            return (x, value), (states, routing)
+            x, value, states, routing, of_blocks = period(*carry, states, segment_ids)
+            return (x, value), (states, routing, of_blocks if layers else ())
 
         if self.config.remat == "full":
             body = jax.checkpoint(body)
         elif self.config.remat == "dots":
             body = jax.checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
         states = None if state is None else state.blocks
-        (x_BxTxD, _), (states, routing) = self._scan(body, (x_BxTxD, value), states)
+        (x_BxTxD, _), (states, routing, of_blocks) = self._scan(body, (x_BxTxD, value), states)
         if self.config.final_norm:
             x_BxTxD = self.norm(x_BxTxD)
         after = None if state is None else ModelState(tuple(prefix_states), states, cursor)
-        return Output(x_BxTxD.astype(self.dtype), after, (*routings, *routing))
+        stream = None
+        if layers:
+            in_pattern = jnp.stack(of_blocks, axis=1).reshape(-1, *x_BxTxD.shape)
+            stream = jnp.concatenate([jnp.stack(streams), in_pattern])
+        return Output(x_BxTxD.astype(self.dtype), after, (*routings, *routing), stream)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> float32 [..., V]."""

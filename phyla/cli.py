@@ -10,6 +10,7 @@ from phyla.models.errors import Diverged, UserError, choose
 COMMANDS = {
     "train": "train one experiment",
     "finetune": "train on from a run: all of its model, or what a recipe adds to it",
+    "distill": "train a student to say what a trained run says, across architectures",
     "compare": "train several at one budget and report which is better",
     "evaluate": "validation loss of a trained run, on its own data or any other, or how it solves problems",
     "generate": "continue prompts with a trained run",

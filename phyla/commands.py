@@ -53,7 +53,8 @@ def train_arguments(arguments: Sequence[str]) -> "Training":
     name, *rest = arguments
     experiment = configs.experiment(name)
     # Its sections and the command's own options side by side; the name is what was asked for.
-    sections = [each.name for each in fields(experiment) if each.name not in ("name", "base")]
+    apart = "name", "base", "teacher", "distillation"
+    sections = [each.name for each in fields(experiment) if each.name not in apart]
     description = f"{_summary(name)}\n\nTrains it, or goes on if it was interrupted. Its fields and their values:"
     return _training(experiment, sections, rest, f"phyla train {name}", description)
 
@@ -96,6 +97,91 @@ def finetune_arguments(arguments: Sequence[str]) -> "Training":
     experiment = replace(before, name=f"{before.name}-finetuned", base=base, recipes=recipes)
     description = f"Trains on from {folder}. The fields of its experiment that can be changed, and their values:"
     return _training(experiment, ["data", "optimizer", "loop", "mesh"], rest, f"phyla finetune {folder}", description)
+
+
+DISTILL_HELP = """\
+usage: phyla distill TEACHER STUDENT [--recipe NAME] [OPTIONS]
+
+Trains a student to say what a teacher says. TEACHER is a run; STUDENT is an experiment, of which a new model is made,
+or a run, which is trained on. The student reads the teacher's text, unless the options say another, and has its
+tokenizer. The new run needs the teacher only to be trained. `phyla distill TEACHER STUDENT --help` lists every option.
+
+recipes:
+{recipes}
+
+examples:
+  phyla distill runs/TEACHER mamba
+  phyla distill runs/TEACHER transformer --recipe distilbert --model.layers 2
+  phyla distill runs/TEACHER runs/STUDENT --distillation.divergence reverse-kl --out runs/STUDENT-distilled
+"""
+
+
+def distill(arguments: Sequence[str]) -> None:
+    """`phyla distill TEACHER STUDENT`: a new run."""
+    if len(arguments) < 2 or any(each.startswith("-") for each in arguments[:2]):
+        if {"-h", "--help"} & set(arguments):
+            print(DISTILL_HELP.format(recipes=_distillations()), end="")
+            return
+        raise UserError("name a teacher and a student first (as in `phyla distill runs/TEACHER mamba`)")
+    experiment, out, max_steps = distill_arguments(arguments)
+    use_all_cores(_sequences(experiment))
+    from phyla.training import loop, run
+
+    loop.train(experiment, out or run.default_folder(experiment), max_steps=max_steps)
+
+
+def distill_arguments(arguments: Sequence[str]) -> "Training":
+    """The student's experiment, with the teacher's text, the recipe, and the fields that the arguments give."""
+    from phyla.training import run
+    from phyla.training.config import DISTILLATIONS
+
+    teacher, student, *rest = arguments
+    recipe, rest = _taken("--recipe", rest, "logits")
+    distillation = DISTILLATIONS[choose("recipe", recipe, DISTILLATIONS)]
+    teachers = run.read_experiment(Path(teacher))
+    sections = ["distillation", "data", "optimizer", "loop", "mesh"]
+    if (Path(student) / "config.json").exists():
+        before = run.read_experiment(Path(student))
+        before = replace(before, base=str(Path(student)), recipes="")
+    else:
+        before = configs.experiment(student)
+        sections.insert(0, "model")
+    experiment = replace(
+        before,
+        name=f"{before.name}-of-{teachers.name}",
+        teacher=str(Path(teacher)),
+        data=teachers.data,
+        objective=teachers.objective,
+        distillation=distillation,
+    )
+    description = f"Distils {teacher} into {student} by the recipe {recipe}. The fields that can be changed:"
+    return _training(experiment, sections, rest, f"phyla distill {teacher} {student}", description)
+
+
+def _taken(option: str, arguments: Sequence[str], otherwise: str) -> tuple[str, list[str]]:
+    """The last value of an option that decides what the others are, and the arguments without it."""
+    value, rest, left = otherwise, [], list(arguments)
+    while left:
+        name, equals, given = left.pop(0).partition("=")
+        if name != option:
+            rest.append(name + equals + given)
+        elif equals or left:
+            value = given if equals else left.pop(0)
+        else:
+            raise UserError(f"{option} needs a value")
+    return value, rest
+
+
+def _distillations() -> str:
+    from phyla.training.config import DISTILLATIONS, DistillationConfig
+
+    plain = DistillationConfig()
+    lines = []
+    for name, recipe in DISTILLATIONS.items():
+        changed = (each.name for each in fields(recipe) if getattr(recipe, each.name) != getattr(plain, each.name))
+        said = ", ".join(f"{each} {getattr(recipe, each)}" for each in changed)
+        lines.append(f"  {name:<15} {said or 'the default: the distribution and the right token'}")
+    return "\n".join(lines)
 
 
 class Training(NamedTuple):
@@ -248,6 +334,7 @@ class Generate:
       phyla generate runs/RUN --prompt "It is a truth"
       phyla generate runs/RUN --prompt "She" --prompt "He said" --temperature 0 --max-tokens 50
       phyla generate runs/RUN --prompt "Chapter" --top-p 0.9 --stop "." --stop $'\n'
+      phyla generate runs/TEACHER --prompt "" --copies 64 --temperature 1 --text teacher.jsonl
     """
 
     run: Annotated[Path, Positional, arg(metavar="RUN")]
@@ -268,12 +355,20 @@ class Generate:
     """Tokens after each prompt."""
     stop: UseAppendAction[tuple[str, ...]] = ()
     """Text at which a continuation ends; give it again for more."""
+    copies: int = 1
+    """Continuations of each prompt."""
+    text: Path | None = None
+    """Where they go as documents to train a student on (`--data.source FILE.jsonl`), instead of being printed."""
     json: Path | None = None
     """Where the continuations go as JSON; None: beside the run."""
 
     def __post_init__(self):
         if not self.prompt:
             raise UserError('give at least one prompt: --prompt "It is a truth"')
+        if self.copies < 1:
+            raise UserError(f"--copies must be at least 1, not {self.copies}")
+        if self.text is not None and self.text.suffix != ".jsonl":
+            raise UserError(f"--text must be a .jsonl file, not {self.text}")
 
 
 def generate(arguments: Sequence[str]) -> None:
@@ -283,7 +378,7 @@ def generate(arguments: Sequence[str]) -> None:
 
     generate_run(
         options.run,
-        list(options.prompt),
+        list(options.prompt) * options.copies,
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
@@ -292,6 +387,7 @@ def generate(arguments: Sequence[str]) -> None:
         max_tokens=options.max_tokens,
         stop=list(options.stop),
         json=options.json,
+        text_file=options.text,
     )
 
 

@@ -109,6 +109,58 @@ class MeshConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """What a student learns from its teacher: a weighted sum, in which a weight of 0 leaves a term out.
+
+    Each term is a mean over the tokens that the objective asks for.
+    """
+
+    soft: float = 0.9
+    """Weight of the teacher's distribution: T² times the divergence from it (Hinton et al. 2015)."""
+    hard: float = 0.1
+    """Weight of the right tokens' cross-entropy, which is all that training without a teacher minimises."""
+    divergence: Literal["forward-kl", "reverse-kl", "jensen-shannon"] = "forward-kl"
+    """KL(teacher, student), KL(student, teacher), or the mean of both from the mixture of the two."""
+    temperature: float = 2.0
+    """T, by which the logits of both are divided for the divergence."""
+    top_k: int | None = None
+    """Of the teacher's distribution only the k likeliest tokens, and all others together as one; None: all."""
+    cosine: float = 0.0
+    """Weight of 1 - cosine of the last hidden states (Sanh et al. 2019)."""
+    hidden: float = 0.0
+    """Weight of the mean squared difference of hidden states, summed over the student's layers (Jiao et al. 2020)."""
+    embedding: float = 0.0
+    """Weight of the mean squared difference of what enters the first block (Jiao et al. 2020)."""
+    blocks: float = 0.0
+    """Weight of the mean squared difference of what each block gives for the teacher's input to it, summed over blocks
+    (Bick et al. 2024, the second stage); both models have one width and as many layers."""
+    layers: tuple[int, ...] = ()
+    """For `hidden`: of each layer of the student the teacher's, from 1; none: evenly spaced, the last to the last."""
+    copy: bool = False
+    """Begin with what of the teacher's parameters fits, each layer from the teacher's at the same relative depth."""
+
+    def __post_init__(self):
+        weights = "soft", "hard", "cosine", "hidden", "embedding", "blocks"
+        at_least("distillation", self, **dict.fromkeys(weights, 0.0))
+        if not any(getattr(self, name) for name in weights):
+            raise UserError(f"distillation must have a weight above 0: one of {', '.join(weights)}")
+        if not self.temperature > 0:
+            raise UserError(f"distillation.temperature must be positive, not {self.temperature}")
+        at_least("distillation", self, top_k=1)
+
+
+DISTILLATIONS = {
+    "logits": DistillationConfig(),
+    "distilbert": DistillationConfig(soft=5.0, hard=2.0, cosine=1.0, copy=True),
+    "hidden": DistillationConfig(hidden=1.0, embedding=1.0),
+    "mamba-in-llama": DistillationConfig(copy=True),
+    "mohawk-blocks": DistillationConfig(soft=0.0, hard=0.0, blocks=1.0, copy=True),
+    "mohawk-logits": DistillationConfig(soft=1.0, hard=0.0, temperature=1.0, copy=True),
+}
+"""Recipes by name: for each its published ingredients (docs/distillation.md)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Experiment:
     """Everything that a run is made of."""
 
@@ -121,6 +173,9 @@ class Experiment:
     """What is done to the model before it is trained: names chained with + (`phyla compress --list`)."""
     objective: Literal["next-token", "masked-token"] = "next-token"
     """What is predicted: each next token, or hidden ones from both sides (for encoders)."""
+    teacher: str | None = None
+    """Folder of the run whose model is distilled into this one; None: no teacher."""
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from json import dumps
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -187,10 +188,12 @@ def generate_run(
     max_tokens: int,
     stop: Sequence[str],
     json: Path | None,
+    text_file: Path | None = None,
 ) -> list[str]:
     """Continues prompts with a run's last checkpoint; prints the texts and writes them as JSON.
 
-    A text ends before a stop string or the end-of-document token.
+    A text ends before a stop string or the end-of-document token. With `text_file`, each prompt and its continuation
+    go there as a line of JSON, a document to train on, and are not printed.
 
     Raises UserError if the folder is not a run or a value is impossible.
     """
@@ -234,6 +237,10 @@ def generate_run(
     }
     run.write_json(json or folder / "generation.json", record)
     console = Console(highlight=False)
+    if text_file is not None:
+        text_file.write_text("".join(dumps({"text": p + t}) + "\n" for p, t in zip(prompts, texts, strict=True)))
+        console.print(f"{len(texts):,} documents → {text_file}", markup=False, soft_wrap=True)
+        return texts
     for i, (prompt, text_) in enumerate(zip(prompts, texts, strict=True)):
         if i:
             console.print(Rule())

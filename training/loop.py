@@ -18,7 +18,7 @@ from phyla.training import machine, run, sharding
 from phyla.training.checkpoints import Checkpoints, with_shardings
 from phyla.training.config import Experiment
 from phyla.training.data.pipeline import Packed, prepare, train_iterator
-from phyla.training.data.tokenizers import make_tokenizer
+from phyla.training.distillation import make_distillation
 from phyla.training.evaluate import Score, make_evaluate, score
 from phyla.training.log import Log
 from phyla.training.optimizer import make_optimizer
@@ -54,11 +54,18 @@ def train(
         raise UserError(f"--max-steps must be at least 1, not {max_steps}")
     mesh = sharding.make_mesh(experiment.mesh, config.batch_size // config.microbatches)
     begins = start(experiment)
-    tokenizer = make_tokenizer(experiment.data) if begins.base is None else begins.base.tokenizer
-    experiment = run.with_vocabulary(experiment, tokenizer)
+    tokenizer = begins.tokenizer()
+    experiment = run.with_vocabulary(begins.experiment, tokenizer)
     begins = begins._replace(experiment=experiment)
     model = begins.abstract()
     graphdef, abstract_params, abstract_frozen = split(model)
+    measured = make_objective(experiment, tokenizer.mask_id)
+    objective, flops_per_token = measured, 3 * sizes.flops_per_token(experiment.model, experiment.data.sequence_length)
+    if begins.teacher is not None:
+        teacher = begins.teacher.model()
+        objective = make_distillation(experiment, teacher, tokenizer.mask_id)
+        flops_per_token += sizes.flops_per_token(teacher.config, experiment.data.sequence_length)
+    _, own, own_frozen = split(objective)
     validation = prepare(experiment.data, tokenizer, "validation")
     notes = [validation.note] if validation.note else []
     glance = prepare(experiment.data, tokenizer, "validation", config.eval_tokens) if config.eval_tokens else validation
@@ -77,8 +84,6 @@ def train(
     if (folder / SUMMARY).exists():
         return json.loads((folder / SUMMARY).read_text())
     tokenizer.save(folder / "tokenizer")
-    objective = make_objective(experiment, tokenizer.mask_id)
-    _, own, own_frozen = split(objective)
     optimizer = make_optimizer(experiment.optimizer, config.steps, (abstract_params, own))
 
     def init(params: nnx.State, own: nnx.State) -> TrainState:
@@ -105,7 +110,7 @@ def train(
             frozen = begins.make(layout.params, layout.frozen[0])[1] if begins.derived else state.frozen[0]
             reporter.note(f"{experiment.name}: continues {folder} from step {begin:,}")
         else:
-            params, frozen = begins.make(layout.params, layout.frozen[0])
+            params, frozen = begins.make(layout.params, layout.frozen[0], reporter.note)
             empty = layout._replace(frozen=(NOTHING, NOTHING))
             state = jax.jit(init, donate_argnums=0, out_shardings=empty)(params, own)
             progress = {"tokens": 0, "seconds": 0.0}
@@ -115,7 +120,7 @@ def train(
         step = make_step(graphdef, objective, optimizer, config)
         batch = sharding.abstract_batch(config.batch_size, validation.rows, mesh)
         compiled = compile_step(step, state, batch, layout, mesh)
-        sums = make_evaluate(graphdef, objective)
+        sums = make_evaluate(graphdef, measured)
         reporter.note(_introduction(experiment, folder, mesh, abstract_params))
         if said := what_is_trained(model):
             reporter.note(f"{experiment.name}: {said}")
@@ -124,7 +129,7 @@ def train(
             begin,
             **progress,
             bytes_per_token=validation.bytes_per_token,
-            flops_per_token=3 * sizes.flops_per_token(experiment.model, experiment.data.sequence_length),
+            flops_per_token=flops_per_token,
             peak_flops=machine.matmul_peak(mesh, experiment.model.dtype),
             tensorboard=config.tensorboard,
         )

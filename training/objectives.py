@@ -3,7 +3,6 @@
 The loop knows none of them by name; the loss is Σ total / Σ weight over microbatches and devices, exactly.
 """
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -97,10 +96,10 @@ def masked_token(model: LanguageModel, batch: Batch, rng: jax.Array, *, chunk: i
 
 
 def _loss(model: LanguageModel, asked: Questions, chunk: int) -> Loss:
-    hidden_BxTxD, _, routing = model.forward(asked.tokens, segment_ids=asked.segment_ids)
-    loss_BxT = cross_entropy(model.logits, hidden_BxTxD, asked.answers, chunk=chunk)
+    seen = model.forward(asked.tokens, segment_ids=asked.segment_ids)
+    loss_BxT = cross_entropy(model.logits, seen.hidden, asked.answers, chunk=chunk)
     weight = jnp.sum(asked.weights)
-    penalty, metrics = auxiliary_losses(model.config, routing)  # means: times the weight, they are sums
+    penalty, metrics = auxiliary_losses(model.config, seen.routing)  # means: times the weight, they are sums
     total = jnp.sum(loss_BxT * asked.weights)
     return Loss(total, weight, {k: v * weight for k, v in metrics.items()}, penalty * weight)
 
@@ -121,25 +120,37 @@ def cross_entropy(
     """
 
     def loss(hidden_BxCxD: jax.Array, targets_BxC: jax.Array) -> jax.Array:
-        return _negative_log_likelihood(logits(hidden_BxCxD), targets_BxC)
+        return negative_log_likelihood(logits(hidden_BxCxD), targets_BxC)
 
-    B, T, D = hidden.shape
-    vocabulary = jax.eval_shape(logits, jax.ShapeDtypeStruct((1, D), hidden.dtype)).shape[-1]
+    vocabulary = jax.eval_shape(logits, jax.ShapeDtypeStruct((1, hidden.shape[-1]), hidden.dtype)).shape[-1]
+    return in_chunks(loss, (hidden, targets), chunk=chunk if vocabulary > 8 * hidden.shape[-1] else hidden.size)
+
+
+def in_chunks[T](of: Callable[..., T], arrays: tuple[jax.Array, ...], *, chunk: int) -> T:
+    """`of(*arrays)`, at most `chunk` tokens at a time; the backward pass computes each part again.
+
+    Args:
+        of: from [B, C, ...] each to any number of [B, C], for any C.
+        arrays: [B, T, ...] each.
+        chunk: tokens; where B · T is not more, nothing is divided or computed again.
+    """
+    B, T = arrays[0].shape[:2]
     size = max(1, chunk // B)
-    if vocabulary <= 8 * D or size >= T:
-        return loss(hidden, targets)
+    if size >= T:
+        return of(*arrays)
     # Chunks divide the time axis, so that a batch divided over devices stays so.
     chunks = -(-T // size)
-    hidden = jnp.pad(hidden, ((0, 0), (0, chunks * size - T), (0, 0)))
-    targets = jnp.pad(targets, ((0, 0), (0, chunks * size - T)))
-    split = functools.partial(jnp.split, indices_or_sections=chunks, axis=1)
-    parts = jnp.stack(split(hidden)), jnp.stack(split(targets))
-    loss_CxBxS = jax.lax.map(jax.checkpoint(lambda part: loss(*part)), parts)
-    return jnp.moveaxis(loss_CxBxS, 0, 1).reshape(B, chunks * size)[:, :T]
+
+    def parts(array: jax.Array) -> jax.Array:
+        array = jnp.pad(array, ((0, 0), (0, chunks * size - T), *((0, 0),) * (array.ndim - 2)))
+        return jnp.stack(jnp.split(array, chunks, axis=1))
+
+    of_parts = jax.lax.map(jax.checkpoint(lambda part: of(*part)), tuple(map(parts, arrays)))
+    return jax.tree.map(lambda x_CxBxS: jnp.moveaxis(x_CxBxS, 0, 1).reshape(B, chunks * size)[:, :T], of_parts)
 
 
 @jax.custom_vjp
-def _negative_log_likelihood(logits: jax.Array, targets: jax.Array) -> jax.Array:
+def negative_log_likelihood(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """-log softmax(logits)[targets]: [..., V] and integers [...] to [...]."""
     return _forward(logits, targets)[0]
 
@@ -157,4 +168,4 @@ def _backward(kept: tuple[jax.Array, ...], d_loss: jax.Array) -> tuple[jax.Array
     return (jnp.exp(logits - total[..., None]) - right) * d_loss[..., None], None
 
 
-_negative_log_likelihood.defvjp(_forward, _backward)
+negative_log_likelihood.defvjp(_forward, _backward)

@@ -1,6 +1,8 @@
-"""What training starts from: a new model, or that of another run; with recipes applied to it."""
+"""What training starts from: a new model, or that of another run; with recipes applied to it; and its teacher."""
 
+import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,8 +20,10 @@ from phyla.models.adapted import Adapter
 from phyla.models.errors import UserError
 from phyla.models.language_model import LanguageModel
 from phyla.training.config import Experiment
+from phyla.training.data.tokenizers import Tokenizer, make_tokenizer
 from phyla.training.saved import Saved, load
 from phyla.training.step import split
+from phyla.training.transfer import initialise_from, summary
 
 
 class Start(NamedTuple):
@@ -29,6 +33,8 @@ class Start(NamedTuple):
     base: Saved | None
     own: tuple[Rule, ...]
     """What is done to it before it is trained."""
+    teacher: Saved | None
+    """What is distilled into it."""
 
     @property
     def recipes(self) -> tuple[Rule, ...]:
@@ -40,20 +46,49 @@ class Start(NamedTuple):
         """Whether what is frozen of it is in the base, and need not be saved again."""
         return self.base is not None and all(rule.keeps_base for rule in self.own)
 
+    def tokenizer(self) -> Tokenizer:
+        """The base's, the teacher's, or one for the data. Raises UserError if it is not the teacher's."""
+        data, teacher = self.experiment.data, self.teacher
+        if self.base is not None:
+            found = self.base.tokenizer
+        elif teacher is not None and data.tokenizer == teacher.experiment.data.tokenizer:
+            return teacher.tokenizer
+        else:
+            found = make_tokenizer(data)
+        if teacher is not None and found.fingerprint() != teacher.tokenizer.fingerprint():
+            known = teacher.tokenizer.fingerprint()
+            raise UserError(
+                f"the student's tokenizer is not that of its teacher {teacher.folder}: {found.fingerprint()['kind']} "
+                f"with {found.vocab_size} ids, not {known['kind']} with {known['vocab_size']}, or of another text"
+            )
+        return found
+
     def abstract(self) -> LanguageModel:
         """With shapes in place of arrays."""
         return abstract(self.experiment.model, self.recipes)
 
-    def make(self, params: nnx.State, frozen: nnx.State) -> tuple[nnx.State, nnx.State]:
-        """What is trained of it, and what is frozen, laid out as the given shardings say."""
+    def make(
+        self, params: nnx.State, frozen: nnx.State, note: Callable[[str], None] = print
+    ) -> tuple[nnx.State, nnx.State]:
+        """What is trained of it, and what is frozen, laid out as the given shardings say.
+
+        `note` is told what was copied from the teacher, if that was asked for.
+        """
         config, seed = self.experiment.model, self.experiment.loop.seed
 
-        def new() -> tuple[nnx.State, nnx.State]:
-            return split(self._prepared(LanguageModel(config, nnx.Rngs(seed))))[1:]
+        def new() -> LanguageModel:
+            return LanguageModel(config, nnx.Rngs(seed))
 
-        if self.base is None:
-            return jax.jit(new, out_shardings=(params, frozen))()
-        return jax.device_put(split(self._prepared(self.base.model()))[1:], (params, frozen))
+        if self.base is not None:
+            model = self.base.model()
+        elif self.teacher is not None and self.experiment.distillation.copy:
+            graphdef = nnx.split(abstract(config, ()))[0]
+            student = nnx.merge(graphdef, jax.jit(lambda: nnx.split(new())[1])())
+            model, copied, left = initialise_from(student, self.teacher.model())
+            note(summary(copied, left))
+        else:
+            return jax.jit(lambda: split(self._prepared(new()))[1:], out_shardings=(params, frozen))()
+        return jax.device_put(split(self._prepared(model))[1:], (params, frozen))
 
     def _prepared(self, model: LanguageModel) -> LanguageModel:
         return compress(model, self.own, seed=self.experiment.loop.seed)[-1].model if self.own else model
@@ -97,9 +132,14 @@ def start(experiment: Experiment) -> Start:
         raise UserError(
             f"{adapters[-1]} would freeze what {adapters[0]} learns: train one, then the other from its run"
         )
+    teacher = None if experiment.teacher is None else load(Path(experiment.teacher))
+    if teacher is not None and experiment.model.vocab_size is None:
+        vocab_size = teacher.model().config.vocab_size
+        model = dataclasses.replace(experiment.model, vocab_size=vocab_size)
+        experiment = dataclasses.replace(experiment, model=model)
     if experiment.base is None:
-        return Start(experiment, None, own)
+        return Start(experiment, None, own, teacher)
     base = load(Path(experiment.base))
     if base.experiment.model != experiment.model:
         raise UserError(f"{experiment.base} has another model than this experiment")
-    return Start(experiment, base, own)
+    return Start(experiment, base, own, teacher)

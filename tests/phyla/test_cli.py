@@ -70,6 +70,8 @@ def test_train_help_lists_experiments_and_fields(capsys):
         (["compare", "mamba", "trans"], "phyla compare: no experiment 'trans'; nearest: transformer"),
         (["compare", "--seeds", "two"], "phyla compare: --seeds must be an integer, not 'two'"),
         (["evaluate"], "phyla evaluate: RUN must be given"),
+        (["distill", "runs/x"], "phyla distill: name a teacher and a student first"),
+        (["distill", "runs/x", "mamba"], "phyla distill: runs/x is not a run"),
         (["generate", "runs/x"], "phyla generate: give at least one prompt"),
         (["bench", "scna"], "phyla bench: no {scan,models,kernels} 'scna'; nearest: scan"),
         (["bench", "scan", "mamba"], "phyla bench: bench scan takes no names; bench models does"),
