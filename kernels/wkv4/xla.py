@@ -101,7 +101,10 @@ def _backward(saved, cotangents):
         dk = d_bonus + added * (v * daa + dbb) + jnp.where(time == winner_BxD, dpp_BxD, 0)
         dv = now * dy + added * daa
         dw = present_Lx1x1 * (kept * (aa * daa + bb * dbb) + jnp.where(time > winner_BxD, dpp_BxD, 0))
-        return (d_sums_2xBxD, jnp.where(winner_BxD < 0, dpp_BxD, 0)), (dk, dv, dw.sum(0), d_bonus.sum(0))
+        # Sums as products: XLA:CPU does not vectorise a reduction fused with its input, here with every exp.
+        ones_L = jnp.ones(len(k), jnp.float32)
+        dw, du = (jnp.tensordot(ones_L, x, 1, precision="highest") for x in (dw, d_bonus))
+        return (d_sums_2xBxD, jnp.where(winner_BxD < 0, dpp_BxD, 0)), (dk, dv, dw, du)
 
     inputs = _inputs(k, v, resets), _chunks(dy), starts_KxBxD
     after, (dk, dv, dw, du) = jax.lax.scan(chunk, (jnp.stack([daa, dbb]), dpp), inputs, reverse=True)
