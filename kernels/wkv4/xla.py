@@ -133,7 +133,7 @@ def _inputs(k, v, resets):
     return _chunks(k, -jnp.inf), _chunks(v), _chunks(resets), _chunks(present_T[None])[..., 0]
 
 
-def _chunks(x_BxTx, padding=0):
+def _chunks(x_BxTx, padding=0.0):
     """[B, T, ...] to [K, L, B, ...]."""
     T = x_BxTx.shape[1]
     L = min(CHUNK, T)
