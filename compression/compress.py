@@ -96,14 +96,15 @@ def _apply(model: LanguageModel, recipe: Rule, rules: Sequence[Rule], moments: A
     left = {place.name: place.left for place in everything if not place.kind and not recipe.reshapes}
     others = [place for place in everything if place.kind and not any(rule.chooses(place) for rule in rules)]
     left |= {place.name: f"{recipe} is not for it" for place in others}
-    done = []
+    done, weights = [], ()
     for rule in rules:  # each for what those before it left
         chosen = [place for place in matrices.places(model) if rule.chooses(place)]
-        model, of_chosen = rule.apply(model, chosen, moments, key)
+        model, of_chosen, of_weights = rule.apply(model, chosen, moments, key)
         left = {name: why for name, why in left.items() if name not in {place.name for place in chosen}} | of_chosen
-        if of_chosen.keys() < {place.name for place in chosen}:
+        weights += of_weights
+        if of_weights or of_chosen.keys() < {place.name for place in chosen}:
             done.append(rule)
-    changed = tuple(place.name for place in everything if place.name not in left)
+    changed = (*(place.name for place in everything if place.name not in left), *weights)
     if not changed:
         raise UserError(f"{recipe} changes nothing in this model: {_reason(recipe, everything, left)}")
     return Step(model, recipe, tuple(done), changed, left)
@@ -112,9 +113,10 @@ def _apply(model: LanguageModel, recipe: Rule, rules: Sequence[Rule], moments: A
 def _reason(recipe: Rule, everything: list[matrices.Place], left: dict[str, str]) -> str:
     if not any(place.kind for place in everything):
         return "every matrix is quantized already (prune before you quantize)"
-    found = [place.name for place in everything if re.search(recipe.only, place.name)]
+    found = [place for place in everything if re.search(recipe.only, place.name)]
     if found:
-        return f"{found[0]} stays as it is ({left[found[0]]})"
+        first = min(found, key=lambda place: place.kind not in ("matrix", "values"))  # all methods are for these
+        return f"{first.name} stays as it is ({left[first.name]})"
     free = [place.name for place in everything if place.kind]
     nearest = difflib.get_close_matches(recipe.only, free, n=1, cutoff=0.0)[0]
     return f"'{recipe.only}' is in no dense parameter's path; nearest: {nearest}"

@@ -8,6 +8,7 @@ embeddings. So do matrices that say why (`precise`): routers, gates, Mamba's dt_
 
 from typing import Any, Literal, NamedTuple
 
+import jax
 from flax import nnx
 
 from phyla.models.language_model import LanguageModel
@@ -20,7 +21,8 @@ class Place(NamedTuple):
     path: tuple[Any, ...]
     value: nnx.Param
     axes: tuple[str, ...]
-    kind: Literal["matrix", "head", "table"] | None
+    kind: Literal["matrix", "head", "table", "values"] | None
+    """`values` are the nonzero ones of a matrix, [out, kept], which multiply nothing by themselves."""
     left: str
     """Why no method may touch it, where the kind is None."""
 
@@ -54,6 +56,12 @@ def replace(model: LanguageModel, path: tuple[Any, ...], value: nnx.Param | nnx.
         setattr(holder, last, value)
 
 
+def part(of: nnx.Param, value: jax.Array, axes: tuple[str, ...]) -> nnx.Param:
+    """A parameter that comes of another, with what that one says of itself but for its axes."""
+    metadata: dict[str, Any] = of.get_metadata() | {"axes": axes}
+    return nnx.Param(value, **metadata)
+
+
 def dotted(path: tuple[Any, ...]) -> str:
     """A path as text; what a weight wraps (its `body`) has the weight's name."""
     return ".".join(str(part) for part in path if part != "body")
@@ -63,7 +71,7 @@ def _place(path: tuple[Any, ...], variable: nnx.Param) -> Place:
     metadata = variable.get_metadata()
     axes, kind, left = metadata["axes"], None, metadata["precise"]
     if metadata["matrix"] and not left:
-        kind = "head" if axes[-1] == "vocab" else "matrix"
+        kind = "head" if axes[-1] == "vocab" else "values" if axes[-1] == "kept" else "matrix"
     elif axes == ("vocab", "embed"):
         kind = "table"
     elif not metadata["matrix"]:

@@ -3,20 +3,18 @@
 A layer is a path, and its units are `phyla.compression.units.Units`; values and moments are by path.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-from phyla.compression.calibrate import Moments, each
+from phyla.compression.calibrate import Path, each
 from phyla.compression.units import Cut, Fixed, Norm, Piece, Units
 
-Path = tuple[Any, ...]
+Arrays = dict[Path, jax.Array]
 DAMPING = 0.01
 """Of the mean of the moments' diagonal, added to it."""
 
 
-def importance(path: Path, units: Units, values: dict[Path, jax.Array], moments: Moments) -> jax.Array:
+def importance(path: Path, units: Units, values: Arrays, moments: Arrays) -> jax.Array:
     """Of each unit, [..., units.count]."""
     found = jnp.float32(1)
     for piece in units.judged:
@@ -29,7 +27,7 @@ def importance(path: Path, units: Units, values: dict[Path, jax.Array], moments:
     return found
 
 
-def _size(path: Path, units: Units, piece: Piece, values: dict[Path, jax.Array], moments: Moments) -> jax.Array:
+def _size(path: Path, units: Units, piece: Piece, values: Arrays, moments: Arrays) -> jax.Array:
     """√Σ of the squares of what a piece gives for each unit: of its weights, or of its products if there is a text."""
     at = _at(path, piece.parameter)
     w, moment = values[at], moments.get(at)
@@ -77,9 +75,7 @@ def _index(units: Units, piece: Piece, kept: jax.Array) -> jax.Array:
     return (begin + kept[..., None] * section + jnp.arange(section)).reshape(*kept.shape[:-1], -1)
 
 
-def without(
-    path: Path, units: Units, kept: jax.Array, values: dict[Path, jax.Array], moments: Moments
-) -> dict[Path, jax.Array]:
+def without(path: Path, units: Units, kept: jax.Array, values: Arrays, moments: Arrays) -> dict[Path, jax.Array]:
     """The parameters that have entries of units, with those of the kept ones alone."""
     found: dict[Path, jax.Array] = {}
     for cut in units.cuts:
@@ -111,9 +107,7 @@ def _refitted(w: jax.Array, moment: jax.Array, index: jax.Array) -> jax.Array:
     return w[index] + change
 
 
-def _rescale(
-    path: Path, units: Units, norm: Norm, kept: jax.Array, values: dict[Path, jax.Array], moments: Moments
-) -> jax.Array:
+def _rescale(path: Path, units: Units, norm: Norm, kept: jax.Array, values: Arrays, moments: Arrays) -> jax.Array:
     """Of the scale of a norm, so that what stays is divided by what it was divided by before.
 
     The mean square over n of n' entries is n' / n of what it was times the share of the sum of squares that stays.

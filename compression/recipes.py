@@ -7,11 +7,24 @@ directory needs no more than the names.
 
 import re
 
-from phyla.compression import activations, awq, depth, mixed, prune, quantize, rotate, structure
+from phyla.compression import (
+    activations,
+    awq,
+    cluster,
+    depth,
+    entropy,
+    factorise,
+    mixed,
+    pack,
+    prune,
+    quantize,
+    rotate,
+    structure,
+)
 from phyla.compression.rule import Rule
 from phyla.models.errors import choose
 
-MODULES = (quantize, mixed, awq, activations, rotate, prune, structure, depth)
+MODULES = (quantize, mixed, awq, activations, rotate, cluster, prune, pack, structure, depth, factorise, entropy)
 METHODS = {name: method for module in MODULES for name, method in module.METHODS.items()}
 """By an example of their names."""
 

@@ -91,6 +91,8 @@ class Applied(NamedTuple):
     model: LanguageModel
     left: dict[str, str]
     """Paths of the chosen parameters that it left as they were, and why; of all if it reshapes."""
+    changed: tuple[str, ...] = ()
+    """Paths of `Weight`s that it changed; they are not among the chosen."""
 
 
 class Method(NamedTuple):

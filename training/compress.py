@@ -1,9 +1,10 @@
 """`phyla compress`: a run with a smaller model made of a run, and what that cost."""
 
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from rich.table import Column, Table
 
 from phyla.compression.calibrate import Moments
 from phyla.compression.compress import Measure, Step, abstract, compress, shaping
+from phyla.compression.entropy import Huffman
+from phyla.compression.huffman import Sizes
 from phyla.compression.matrices import dotted, weights
 from phyla.compression.rule import Rule
 from phyla.models.config import ModelConfig
@@ -23,15 +26,18 @@ from phyla.models.errors import UserError
 from phyla.models.language_model import LanguageModel
 from phyla.models.registry import LAYERS
 from phyla.models.weights import Weight, materialize
-from phyla.training import activations, run
-from phyla.training.checkpoints import Checkpoints
+from phyla.training import activations, plots, run
+from phyla.training.checkpoints import CODED, Checkpoints
 from phyla.training.data.pipeline import prepare
 from phyla.training.divergence import divergences
 from phyla.training.progress import Reporter
 from phyla.training.saved import Saved, load, make_asker
+from phyla.training.speed import measure
 from phyla.training.step import split
 
 COMPRESSION = "compression.json"
+CONTEXT = 256
+"""At which speed is measured."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,6 +92,7 @@ def compress_run(
     out: Path,
     *,
     calibration: Calibration | None = None,
+    speed: bool = False,
     json: Path | None = None,
 ) -> dict[str, Any]:
     """Applies recipes to a run's last checkpoint and writes the result as another run, with a table of what it cost.
@@ -95,6 +102,7 @@ def compress_run(
         recipes: applied in this order.
         out: a new or empty folder.
         calibration: what recipes read that need text; None: the default.
+        speed: whether prefill and decoding are timed, of the model before and after.
         json: where the figures go; None: compression.json in `out`.
 
     Returns:
@@ -107,16 +115,20 @@ def compress_run(
         raise UserError(f"{'+'.join(map(str, recipes))} reads no text: leave --calibration and --tokens out")
     calibration = calibration or Calibration()
     run.check_new(out)
-    before = run.read_recipes(folder)
+    if any(isinstance(recipe, Huffman) for recipe in recipes[:-1]):
+        raise UserError(
+            f"{'+'.join(map(str, recipes))}: huffman is how the run is written, hence the last; leave it out"
+        )
+    before = tuple(recipe for recipe in run.read_recipes(folder) if not isinstance(recipe, Huffman))
     abstract(run.read_experiment(folder).model, (*shaping(before), *recipes))  # refuses before anything is computed
     saved = load(folder)
     original = saved.model()
-    read: list[dict[str, dict[str, float]]] = []
+    read: list[dict[str, dict[str, Any]]] = []
 
     def calibrate(model: LanguageModel, measure: Measure) -> Moments:
         found = _measured(saved, calibration, model, measure)
         if found.columns:
-            read.append(activations.activations(found.columns))
+            read.append(activations.activations(found.columns, functools.partial(_layer, model.config)))
         return found
 
     steps = compress(original, recipes, calibrate)
@@ -130,24 +142,32 @@ def compress_run(
     if saved.own_tokenizer is not None:
         saved.own_tokenizer.save(out / "tokenizer")
     with Checkpoints(out) as checkpoints:
-        checkpoints.save_params(*split(made)[1:], step=saved.step)
+        coded = isinstance(recipes[-1], Huffman)
+        sizes = checkpoints.save_params(*split(made)[1:], step=saved.step, coded=coded)
     rows[0]["bytes_on_disk"] = _on_disk(folder, saved.step)
     rows[-1]["bytes_on_disk"] = _on_disk(out, saved.step)
+    if speed and not made.config.bidirectional:
+        for row, each in ((rows[0], saved), (rows[-1], load(out))):
+            row |= _speed(each)
+    errors = layer_errors(original, made)
     record = {
         "run": str(folder),
         "step": saved.step,
-        "calibration": dataclasses.asdict(calibration) if read else None,
+        "calibration": dataclasses.asdict(calibration) if any(each.needs_text for each in recipes) else None,
         "activations": read[0] if read else None,
         "steps": rows,
+        "huffman": {name: each._asdict() for name, each in sizes.items()} or None,
         "coverage": _coverage(made.config, steps),
         "parameters": _parameters(steps),
         "left": _left(steps),
+        "errors": errors,
     }
+    if errors:
+        (out / "errors.png").write_bytes(plots.layer_errors(errors))
     run.write_json(json or out / COMPRESSION, record)
     _print(out, record)
     if read:
-        kinds = {dotted(path): _layer(saved.experiment.model, path) for path in weights(original)}
-        Console(highlight=False).print(activations.table(read[0], kinds.__getitem__))
+        Console(highlight=False).print(activations.table(read[0]))
     return record
 
 
@@ -194,33 +214,74 @@ def _compare(saved: Saved, models: list[LanguageModel], rows: list[dict[str, Any
         row |= each._asdict()
 
 
+def _speed(saved: Saved) -> dict[str, float]:
+    """Tokens a second of one sequence, at a context of `CONTEXT`."""
+    with Reporter() as reporter, reporter.task(f"time {saved.folder}", 1, "contexts") as task:
+        found = measure(saved, task.update, (CONTEXT,))
+    each = ("prefill_tokens_per_second", "decode_tokens_per_second")
+    return {name: found[key][0] for name, key in zip(("prefill", "decode"), each, strict=True) if found[key]}
+
+
+def layer_errors(before: LanguageModel, after: LanguageModel) -> dict[str, list[float]]:
+    """‖W' - W‖ / ‖W‖ of everything that changed, for each layer of its stack; nothing if the model has other shapes."""
+    old, found = weights(before), {}
+    for path, weight in weights(after).items():
+        if path not in old or old[path].shape != weight.shape:
+            continue
+        error = np.atleast_1d(_error(old[path], weight))
+        if error.any():
+            found[dotted(path).removeprefix("periods.")] = error.tolist()
+    return found
+
+
+@jax.jit
+def _error(before: nnx.Param | Weight, after: nnx.Param | Weight) -> jax.Array:
+    """Of each matrix of a stack over layers (experts count together), or of one array."""
+    w = materialize(before)
+    axes = tuple(range(1, w.ndim)) if w.ndim > 2 else None
+    difference = jnp.sum(jnp.square(materialize(after) - w), axis=axes)
+    return jnp.sqrt(difference / jnp.maximum(jnp.sum(jnp.square(w), axis=axes), 1e-30))
+
+
 def _on_disk(folder: Path, step: int) -> int:
     """Of a checkpoint's model alone, without the optimizer's state."""
     items = folder / "checkpoints" / str(step)
     parts = [items / ("ema" if (items / "ema").exists() else "params"), items / "frozen"]
-    return sum(path.stat().st_size for part in parts for path in part.rglob("*") if path.is_file())
+    files = [*(path for part in parts for path in part.rglob("*")), folder / CODED]
+    return sum(path.stat().st_size for path in files if path.is_file())
 
 
 def _parameters(steps: list[Step]) -> dict[str, Any]:
     """What was done to each parameter that was changed and is still there, and the bits that it takes."""
     recipes: dict[str, list[str]] = {}
     for step in steps:
-        for name in step.changed:
+        for name in _whole(steps, step.changed):
             recipes.setdefault(name, []).append(str(step.recipe))
     bits = {dotted(path): _bits(weight) for path, weight in weights(steps[-1].model).items()}
-    return {name: {"recipes": done, "bits_per_weight": bits[name]} for name, done in recipes.items() if name in bits}
+    return {name: {"recipes": done, "bits_per_weight": bits[name]} for name, done in recipes.items()}
 
 
 def _left(steps: list[Step]) -> dict[str, str]:
-    """The parameters that no step changed, and why the last one did not."""
-    changed = {name for step in steps for name in step.changed}
-    there = {dotted(path) for path in weights(steps[-1].model)} - changed
-    return {name: why for step in steps for name, why in step.left.items() if name in there}
+    """The parameters that no step changed and that are still there, and why the last one did not."""
+    changed = {name for step in steps for name in _whole(steps, step.changed)}
+    return {
+        name: why
+        for step in steps
+        for part, why in step.left.items()
+        for name in _whole(steps, [part])
+        if name not in changed
+    }
+
+
+def _whole(steps: list[Step], names: Iterable[str]) -> dict[str, None]:
+    """Of parameters, which may be parts of `Weight`s, what they belong to in the last model."""
+    whole = [dotted(path) for path in weights(steps[-1].model)]
+    return {each: None for name in names for each in whole if name == each or name.startswith(each + ".")}
 
 
 def _coverage(config: ModelConfig, steps: list[Step]) -> dict[str, dict[str, float]]:
     """For each kind of layer its parameters, the share of them that was changed, and the mean bits of one."""
-    changed = {name for step in steps for name in step.changed}
+    changed = {name for step in steps for name in _whole(steps, step.changed)}
     found: dict[str, dict[str, float]] = {}
     for path, weight in weights(steps[-1].model).items():
         count = math.prod(weight.shape)
@@ -265,6 +326,8 @@ TABLES = (
         "bits_per_byte": ("bits per byte", "{:.4f}"),
         "kl": ("KL from the original", "{:.5f} nats"),
         "agreement": ("same top token", "{:.2%}"),
+        "prefill": ("prefill tokens/s", "{:,.0f}"),
+        "decode": ("decode tokens/s", "{:,.0f}"),
     },
 )
 
@@ -291,6 +354,9 @@ def _print(out: Path, record: dict[str, Any]) -> None:
         reasons.setdefault(why, {})[short] = None
     for why, names in reasons.items():
         console.print(f"left alone: {', '.join(names)} ({why})", markup=False, soft_wrap=True)
+    if record["huffman"]:
+        raw, coded, entropy = (sum(sizes[name] for sizes in record["huffman"].values()) for name in Sizes._fields)
+        console.print(f"huffman: {raw:,} bytes of codes in {coded:,}; their entropy is {entropy:,.0f}")
     before, after = rows[0], rows[-1]
     said = f"{before['bytes_in_memory'] / after['bytes_in_memory']:.2f} times smaller in memory"
     if "bits_per_byte" in after:

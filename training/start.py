@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 
 from phyla.compression.compress import abstract, compress
+from phyla.compression.entropy import Huffman
 from phyla.compression.recipes import parse
 from phyla.compression.rule import Rule
 from phyla.models.errors import UserError
@@ -60,6 +61,8 @@ def start(experiment: Experiment) -> Start:
     """
     own = parse(experiment.recipes) if experiment.recipes else ()
     for rule in own:
+        if isinstance(rule, Huffman):
+            raise UserError(f"{rule} is how a run is written by phyla compress: leave it out")
         if rule.needs_text or rule.reshapes:
             why = "reads text" if rule.needs_text else "makes another model"
             raise UserError(f"{rule} {why}: make a run of it first, with phyla compress, and train on from that")
