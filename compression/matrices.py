@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from flax import nnx
 
+from phyla.models.fake import FakeQuantized
 from phyla.models.language_model import LanguageModel
 from phyla.models.weights import Weight
 
@@ -42,16 +43,25 @@ def weights(model: LanguageModel) -> dict[tuple[Any, ...], nnx.Param | Weight]:
     return {path: held for path, held in found.items() if not any(path[:i] in compressed for i in range(len(path)))}
 
 
-def replace(model: LanguageModel, path: tuple[Any, ...], value: nnx.Param | nnx.Module) -> None:
-    """Puts another object at a path."""
-    *holders, last = path
-    holder: Any = model
-    for name in holders:
-        holder = holder[name] if isinstance(name, int) else getattr(holder, name)
+def replace(model: LanguageModel, path: tuple[Any, ...], value: nnx.Param | nnx.Module) -> tuple[Any, ...]:
+    """Puts another object at a path, or in place of the `FakeQuantized` whose body is there; returns where it is."""
+    if isinstance(holder(model, path), FakeQuantized):
+        path = path[:-1]
+    *_, last = path
+    of: Any = holder(model, path)
     if isinstance(last, int):
-        holder[last] = value
+        of[last] = value
     else:
-        setattr(holder, last, value)
+        setattr(of, last, value)
+    return path
+
+
+def holder(model: LanguageModel, path: tuple[Any, ...]) -> Any:
+    """What has the object at a path."""
+    found: Any = model
+    for name in path[:-1]:
+        found = found[name] if isinstance(name, int) else getattr(found, name)
+    return found
 
 
 def dotted(path: tuple[Any, ...]) -> str:

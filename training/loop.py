@@ -21,9 +21,10 @@ from phyla.training.data.pipeline import Packed, prepare, train_iterator
 from phyla.training.data.tokenizers import make_tokenizer
 from phyla.training.evaluate import Score, make_evaluate, score
 from phyla.training.log import Log
-from phyla.training.optimizer import make_optimizer
+from phyla.training.optimizer import make_optimizer, schedule
 from phyla.training.progress import Reporter
 from phyla.training.saved import make_objective
+from phyla.training.sparse import sparse
 from phyla.training.start import start
 from phyla.training.step import NOTHING, Metrics, TrainState, compile_step, initial_state, make_step, split
 
@@ -78,7 +79,14 @@ def train(
     tokenizer.save(folder / "tokenizer")
     objective = make_objective(experiment, tokenizer.mask_id)
     _, own, own_frozen = split(objective)
-    optimizer = make_optimizer(experiment.optimizer, config.steps, (abstract_params, own))
+    optimizer = sparse(
+        make_optimizer(experiment.optimizer, config.steps, (abstract_params, own)),
+        experiment.sparsity,
+        steps=config.steps,
+        rate=schedule(experiment.optimizer, config.steps),
+        model=experiment.model,
+        pruned=begins.pruned,
+    )
 
     def init(params: nnx.State, own: nnx.State) -> TrainState:
         return initial_state(params, optimizer, config, own)

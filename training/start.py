@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 
 from phyla.compression.compress import abstract, compress
+from phyla.compression.prune import Prune
 from phyla.compression.recipes import parse
 from phyla.compression.rule import Rule
 from phyla.models.errors import UserError
@@ -33,6 +34,12 @@ class Start(NamedTuple):
     def derived(self) -> bool:
         """Whether what is frozen of it is in the base, and need not be saved again."""
         return self.base is not None and all(rule.keeps_base for rule in self.own)
+
+    @property
+    def pruned(self) -> bool:
+        """Whether zeros of it are no accident."""
+        before = self.base is not None and self.base.experiment.sparsity.makes_zeros
+        return before or any(isinstance(rule, Prune) for rule in self.recipes)
 
     def abstract(self) -> LanguageModel:
         """With shapes in place of arrays."""
