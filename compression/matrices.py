@@ -72,10 +72,12 @@ def dotted(path: tuple[Any, ...]) -> str:
 def _place(path: tuple[Any, ...], variable: nnx.Param) -> Place:
     metadata = variable.get_metadata()
     axes, kind, left = metadata["axes"], None, metadata["precise"]
-    if metadata["matrix"] and not left:
+    if left:
+        return Place(path, variable, axes, kind, left)
+    if metadata["matrix"]:
         kind = "head" if axes[-1] == "vocab" else "matrix"
     elif axes == ("vocab", "embed"):
         kind = "table"
-    elif not metadata["matrix"]:
+    else:
         left = "no matrix"
     return Place(path, variable, axes, kind, left)

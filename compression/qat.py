@@ -31,6 +31,7 @@ class Rounding:
     """What it multiplies is rounded too, a scale for each token."""
 
     def __call__(self, w: jax.Array) -> Format:
+        """See above."""
         held = nearest(self.recipe, w)
         return replace(held, dynamic=True) if self.dynamic else held  # type: ignore[call-arg]
 
@@ -133,8 +134,10 @@ class FixQAT(Rule):
             if not isinstance(fake, FakeQuantized):
                 left[place.name] = NOT_TRAINED_SO
                 continue
-            axes, turned = inputs_first(place)[1:]
-            matrices.replace(model, place.path, Quantized(jax.jit(type(fake).held)(fake), axes, transposed=turned))
+            *stack, rows, columns = place.axes
+            axes = (*stack, columns, rows) if fake.transposed else place.axes
+            held = jax.jit(type(fake).held)(fake)
+            matrices.replace(model, place.path, Quantized(held, axes, transposed=fake.transposed))
         return Applied(model, left)
 
 

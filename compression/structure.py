@@ -218,7 +218,7 @@ def layers(config: ModelConfig) -> Iterator[tuple[Path, LayerConfig]]:
                     yield (*at, i, part), layer
 
 
-def _withlayers(config: ModelConfig, layers: dict[Path, LayerConfig]) -> ModelConfig:
+def _with_layers(config: ModelConfig, layers: dict[Path, LayerConfig]) -> ModelConfig:
     def replaced(at: Path, blocks: tuple[BlockConfig, ...]) -> tuple[BlockConfig, ...]:
         found = []
         for i, block in enumerate(blocks):

@@ -95,7 +95,9 @@ def finetune_arguments(arguments: Sequence[str]) -> "Training":
     base = str(Path(folder))
     experiment = replace(before, name=f"{before.name}-finetuned", base=base, recipes=recipes)
     description = f"Trains on from {folder}. The fields of its experiment that can be changed, and their values:"
-    return _training(experiment, ["data", "optimizer", "sparsity", "loop", "mesh"], rest, f"phyla finetune {folder}", description)
+    return _training(
+        experiment, ["data", "optimizer", "sparsity", "loop", "mesh"], rest, f"phyla finetune {folder}", description
+    )
 
 
 class Training(NamedTuple):

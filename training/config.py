@@ -54,7 +54,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SparsityConfig:
-    """Which weights become exactly zero while training, and stay so; of the matrices that `phyla compress` can prune."""
+    """Which weights become exactly zero while training, and stay so; of the matrices that `phyla compress` prunes."""
 
     hold: bool = True
     """Of a model that was pruned before (by a recipe, or by training with this section), zeros stay zeros."""

@@ -1,7 +1,7 @@
 """Weights that are exactly zero while the others are trained: an optimizer around the optimizer.
 
 Where a mask is 0, the gradient, the moments and the weight are 0, whatever optimizer is inside: what decays, what is
-orthogonalised and what has momentum alike. Masks are part of the optimizer's state, so that a run that goes on has them.
+orthogonalised and what has momentum alike. Masks are a part of the optimizer's state: a run that goes on has them.
 """
 
 from collections.abc import Callable
@@ -182,8 +182,9 @@ def _masked(tree: Any, masks: Masks) -> Any:
     out = []
     for (path, node), _ in zip(_variables(tree), found, strict=True):
         mask = next((m for name, m in names.items() if path[-len(name) :] == name), None)
-        if mask is not None and _is_variable(node) and node.shape == mask.shape:
-            node = node.replace(jnp.where(mask[...], node[...], 0))
+        if mask is not None:
+            zeroed = lambda x, m=mask[...]: jnp.where(m, x, 0) if x.shape == m.shape else x  # noqa: E731
+            node = jax.tree.map(zeroed, node)
         out.append(node)
     return jax.tree.unflatten(structure, out)
 
@@ -229,9 +230,7 @@ def _proximal(updates: Any, params: Any, config: SparsityConfig, groups: list, r
             found = shrunk(path, units, {at: new[name] for at, name in plain.items()}, rate * config.group_lasso)
             new |= {plain[at]: w for at, w in found.items()}
     structure = jax.tree.structure(updates, is_leaf=_is_variable)
-    out = [
-        node.replace(new[name] - weights[name][...]) if name in new else node for name, node in _variables(updates)
-    ]
+    out = [node.replace(new[name] - weights[name][...]) if name in new else node for name, node in _variables(updates)]
     return jax.tree.unflatten(structure, out)
 
 

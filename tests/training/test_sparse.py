@@ -54,7 +54,7 @@ def pruned(how: str) -> Any:
 
 
 def optimizer_of(params: Any, sparsity: SparsityConfig, held: bool = False, **options) -> optax.GradientTransformation:
-    config = OptimizerConfig(**{"learning_rate": 0.05, "weight_decay": 0.1} | options)
+    config = OptimizerConfig(**{"learning_rate": 0.05, "clip_norm": 1e9} | options)
     inner, rate = make_optimizer(config, STEPS, params), schedule(config, STEPS)
     return sparse(inner, sparsity, steps=STEPS, rate=rate, model=MODEL, pruned=held)
 
