@@ -14,7 +14,7 @@ from phyla.compression import matrices, quantize
 from phyla.compression.calibrate import Moments, each
 from phyla.compression.quantize import Quantize, inputs_first, nearest, refusal
 from phyla.compression.rule import Applied, Method, Rule
-from phyla.kernels.quantized_matmul import Format
+from phyla.kernels.quantized_matmul import Format, Int8
 from phyla.kernels.quantized_matmul.packing import unit
 from phyla.models.fake import FakeQuantized, LearnedSteps, first_steps
 from phyla.models.language_model import LanguageModel
@@ -33,7 +33,10 @@ class Rounding:
     def __call__(self, w: jax.Array) -> Format:
         """See above."""
         held = nearest(self.recipe, w)
-        return replace(held, dynamic=True) if self.dynamic else held  # type: ignore[call-arg]
+        if not self.dynamic:
+            return held
+        assert isinstance(held, Int8)
+        return replace(held, dynamic=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -68,6 +68,12 @@ again.
 examples:
   phyla finetune runs/RUN --data.source "letters/*.txt" --optimizer.learning-rate 3e-4 --loop.steps 200
   phyla finetune runs/RUN-int8 --data.source "letters/*.txt" --out runs/letters
+
+What a recipe such as magnitude-2:4 set to zero, in RUN or here, stays exactly zero (--no-sparsity.hold trains it). So
+pruning, retraining and rounding are a chain of runs, each of which goes on where it was interrupted:
+  phyla finetune runs/RUN magnitude-2:4 --out runs/sparse
+  phyla finetune runs/sparse qat-int4 --out runs/sparse-qat
+  phyla compress runs/sparse-qat int4 --out runs/small
 """
 
 

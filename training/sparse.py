@@ -33,7 +33,7 @@ class Sparse(NamedTuple):
 
     inner: Any
     masks: Masks
-    count: jax.Array  # [] int32, updates
+    updates: jax.Array  # [] int32, so far
 
 
 def sparse(
@@ -84,22 +84,22 @@ def sparse(
             def changed(masks: Masks) -> Masks:
                 return {
                     ".".join(name): masks[".".join(name)].replace(
-                        _next(config, state.count, steps, masks[".".join(name)][...], w[...], gradients[name][...])
+                        _next(config, state.updates, steps, masks[".".join(name)][...], w[...], gradients[name][...])
                     )
                     for name, w in weights.items()
                 }
 
-            masks = jax.lax.cond(due(config, state.count, steps), changed, lambda masks: masks, masks)
+            masks = jax.lax.cond(due(config, state.updates, steps), changed, lambda masks: masks, masks)
         gradient = _masked(gradient, masks)
         updates, inner = optimizer.update(gradient, state.inner, params)
         inner = _masked(inner, masks)
         if masks:
             updates = _map(lambda u, w, mask: jnp.where(mask, u, -w), updates, params, masks)
         if shrinks:
-            updates = _proximal(updates, params, config, groups, rate(state.count))
-        return updates, Sparse(inner, masks, state.count + 1)
+            updates = _proximal(updates, params, config, groups, rate(state.updates))
+        return updates, Sparse(inner, masks, state.updates + 1)
 
-    return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
+    return optax.GradientTransformation(init, update)
 
 
 def share_of_zeros(config: SparsityConfig, count: jax.Array, steps: int) -> jax.Array:

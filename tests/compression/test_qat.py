@@ -56,15 +56,14 @@ def built(family: str) -> LanguageModel:
     return model
 
 
-def trained(model: LanguageModel, steps: int = 1) -> tuple[LanguageModel, Any]:
-    """After a few steps; and the gradient's norm in the last."""
+def trained(model: LanguageModel) -> tuple[LanguageModel, Any]:
+    """After a step; and its metrics."""
     graphdef, params, frozen = split(model)
     loop = LoopConfig(steps=10)
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_fraction=0), 10, (params, NOTHING))
     step = jax.jit(make_step(graphdef, functools.partial(next_token, chunk=64), optimizer, loop))
     state = initial_state(params, optimizer, loop)._replace(frozen=(frozen, NOTHING))
-    for _ in range(steps):
-        state, metrics = step(state, BATCH)
+    state, metrics = step(state, BATCH)
     assert not state.skipped
     return nnx.merge(graphdef, state.params, state.frozen[0]), metrics
 

@@ -53,8 +53,11 @@ def pruned(how: str) -> Any:
     return nnx.state(module)
 
 
-def optimizer_of(params: Any, sparsity: SparsityConfig, held: bool = False, **options) -> optax.GradientTransformation:
-    config = OptimizerConfig(**{"learning_rate": 0.05, "clip_norm": 1e9} | options)
+def optimizer_of(
+    params: Any, sparsity: SparsityConfig, held: bool = False, **options: Any
+) -> optax.GradientTransformation:
+    given: Any = {"learning_rate": 0.05, "clip_norm": 1e9} | options
+    config = OptimizerConfig(**given)
     inner, rate = make_optimizer(config, STEPS, params), schedule(config, STEPS)
     return sparse(inner, sparsity, steps=STEPS, rate=rate, model=MODEL, pruned=held)
 
@@ -72,9 +75,9 @@ def run(optimizer: optax.GradientTransformation, params: Any, steps: int = STEPS
     def step(carry, _):
         params, state = carry
         updates, state = optimizer.update(jax.grad(loss)(params), state, params)
-        params = optax.apply_updates(params, updates)
+        params: Any = optax.apply_updates(params, updates)
         mask = state.masks["matrix"][...] if isinstance(state, Sparse) and state.masks else None
-        return (params, state), (params["matrix"][...], mask)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        return (params, state), (params["matrix"][...], mask)
 
     begin = params, optimizer.init(params)
     (params, state), seen = jax.jit(lambda begin: jax.lax.scan(step, begin, None, length=steps))(begin)
@@ -161,8 +164,8 @@ def test_rigl_drops_the_smallest_and_grows_by_gradient():
     rng = np.random.default_rng(0)
     w, g = rng.standard_normal((6, 10)), rng.standard_normal((6, 10))
     config = SparsityConfig(final=0.5, method="rigl", begin=0.0, end=1.0, every=1, swapped=0.4)
-    params = nnx.state(Parameters())
-    params["matrix"].set_value(jnp.asarray(w, jnp.float32)[None])  # pyright: ignore[reportAttributeAccessIssue]
+    params: Any = nnx.state(Parameters())
+    params["matrix"].set_value(jnp.asarray(w, jnp.float32)[None])
     optimizer = optimizer_of(params, config, name="adamw", warmup_fraction=0, schedule="constant")
     state = optimizer.init(params)
     mask = np.asarray(state.masks["matrix"][...])[0]  # pyright: ignore[reportAttributeAccessIssue]
