@@ -76,7 +76,8 @@ def sparse(
             masks[".".join(name)] = variable.replace(mask)
         return Sparse(optimizer.init(params), masks, jnp.zeros((), jnp.int32))
 
-    def update(gradient: Any, state: Sparse, params: Any = None) -> tuple[Any, Sparse]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        gradient = updates
         weights, masks = _matrices(params), state.masks
         if config.final:
             gradients = _matrices(gradient)
