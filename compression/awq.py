@@ -9,10 +9,11 @@ They put 1 / s into the norm or the matrix before; here it multiplies the inputs
 that each matrix has its own and matrices after gates, recurrences, token shifts and routers have one too.
 """
 
-import functools
+import dataclasses
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,41 +56,42 @@ class Awq(Rule):
             columns = moments.columns[place.path]
             given = place.value[...], moments[place.path], columns.size / jnp.maximum(columns.tokens, 1)
             cut = not re.search(UNCUT, place.name)
-            s, held = awq(*given, self.rounding.format, self.rounding.group, cut)
+            s, held = awq(*given, dataclasses.replace(self.rounding, only=""), cut)
             matrices.replace(model, place.path, Scaled(Quantized(held, place.axes), 1 / s, place.axes[:-1]))
         return Applied(model, left)
 
 
+def _named(found: re.Match, only: str) -> Awq:
+    bits, group, asymmetric = found.groups()
+    format_: Any = f"int{bits}"
+    options = {"group": None if group is None else int(group), "asymmetric": asymmetric is not None}
+    return Awq(rounding=Quantize(format=format_, **options), only=only)
+
+
 METHODS = {
-    "awq-int4": Method(
-        "awq-int4",
-        lambda _, only: Awq(rounding=Quantize(format="int4"), only=only),
-        "int4 after inputs that are large on average are made smaller and their weights larger (reads text)",
-    ),
     "awq-int4-g128": Method(
-        r"awq-int4-g(\d+)",
-        lambda found, only: Awq(rounding=Quantize(format="int4", group=int(found[1])), only=only),
-        "the same with a scale for each 128 (or any even number of) inputs of an output channel (reads text)",
+        r"awq-int([2348])(?:-g(\d+))?(-asym)?",
+        _named,
+        "integers, after inputs that are large on average are made smaller and their weights larger (reads text)",
     ),
 }
 """See `phyla.compression.recipes`."""
 
 
-@jax.jit(static_argnums=(3, 4, 5))
-def awq(
-    w: jax.Array, moment: jax.Array, size: jax.Array, format: str, group: int | None, cut: bool
-) -> tuple[jax.Array, Format]:
+@jax.jit(static_argnums=(3, 4))
+def awq(w: jax.Array, moment: jax.Array, size: jax.Array, rounding: Quantize, cut: bool) -> tuple[jax.Array, Format]:
     """The scales s [..., K] and s · w rounded.
 
     Args:
         w: [..., K, N].
         moment: Σ xxᵀ, [..., K, K].
         size: the mean of |x|, [..., K].
-        format: see `Quantize`.
-        group: see `Quantize`.
+        rounding: how it is rounded.
         cut: whether ranges are cut.
     """
-    rounded = functools.partial(round_to_nearest, format=format, group=group)
+
+    def rounded(w: jax.Array) -> Format:
+        return round_to_nearest(w, rounding)
 
     def one(w: jax.Array, moment: jax.Array, size: jax.Array) -> tuple[jax.Array, Format]:
         def scales(power: jax.Array) -> jax.Array:
@@ -104,7 +106,7 @@ def awq(
         powers = jnp.arange(POWERS) / POWERS
         s = scales(powers[jnp.argmin(jax.lax.map(error, powers))])
         w = w * s[:, None]
-        return s, rounded(ranges_cut(w, moment / (s[:, None] * s), rounded, group) if cut else w)
+        return s, rounded(ranges_cut(w, moment / (s[:, None] * s), rounded, rounding.group) if cut else w)
 
     return each(one, w, moment, size)
 

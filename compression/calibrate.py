@@ -42,6 +42,7 @@ class Columns(NamedTuple):
     """The maximum of |x|; see above."""
 
 
+@jax.tree_util.register_pytree_node_class
 class Moments(dict[Path, jax.Array]):
     """By path, Σ xxᵀ over the vectors x that the matrix [..., K, N] multiplied: float32 [..., K, K]."""
 
@@ -49,6 +50,15 @@ class Moments(dict[Path, jax.Array]):
         """Holds the moments, none if no recipe needs them, and the `Columns` of the same matrices."""
         super().__init__(moments or {})
         self.columns = columns or {}
+
+    def tree_flatten(self) -> tuple[tuple[dict[Path, jax.Array], dict[Path, Columns]], None]:
+        """Of a pytree."""
+        return (dict(self), self.columns), None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, children: tuple[dict[Path, jax.Array], dict[Path, Columns]]) -> "Moments":
+        """Of a pytree."""
+        return cls(*children)
 
 
 SUMS, FIGURES = 5, len(Columns._fields)

@@ -17,6 +17,7 @@ from jax.core import Tracer
 
 from phyla.compression import matrices
 from phyla.compression.calibrate import Moments
+from phyla.compression.parts import Arrays
 from phyla.compression.rule import Applied, Method, Rule
 from phyla.compression.structure import AMOUNT, Shrink, check_dense, rebuilt
 from phyla.compression.units import Amount, Units
@@ -206,9 +207,7 @@ def _blocks(config: ModelConfig, change: jax.Array, keep: int) -> list[int]:
     return sorted((first + [i for i in order if i not in first])[:keep])
 
 
-def _of_periods(
-    values: dict[tuple[Any, ...], jax.Array], change: Callable[[jax.Array], jax.Array]
-) -> dict[tuple[Any, ...], jax.Array]:
+def _of_periods(values: Arrays, change: Callable[[jax.Array], jax.Array]) -> Arrays:
     """The parameters, with those that repeat changed."""
     stacked = {path: value for path, value in values.items() if path[0] == "periods"}
     return values | jax.jit(lambda stacked: jax.tree.map(change, stacked))(stacked)

@@ -4,20 +4,19 @@ A layer is a path, and its units are `phyla.compression.units.Units`; values and
 """
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from phyla.compression.calibrate import Moments, each
+from phyla.compression.calibrate import Path, each
 from phyla.compression.units import Cut, Fixed, Norm, Piece, Units
 
-Path = tuple[Any, ...]
+Arrays = dict[Path, jax.Array]
 DAMPING = 0.01
 """Of the mean of the moments' diagonal, added to it."""
 
 
-def importance(path: Path, units: Units, values: dict[Path, jax.Array], moments: Moments) -> jax.Array:
+def importance(path: Path, units: Units, values: Arrays, moments: Arrays) -> jax.Array:
     """Of each unit, [..., units.count]."""
     found = jnp.float32(1)
     for piece in units.judged:
@@ -30,9 +29,7 @@ def importance(path: Path, units: Units, values: dict[Path, jax.Array], moments:
     return found
 
 
-def shrunk(
-    path: Path, units: Units, values: dict[Path, jax.Array], threshold: jax.Array | float
-) -> dict[Path, jax.Array]:
+def shrunk(path: Path, units: Units, values: Arrays, threshold: jax.Array | float) -> Arrays:
     """The proximal step of a group lasso: where a unit adds nothing if it is zero (`judged`), it comes nearer to it.
 
     Its weights there, n in all pieces together, are multiplied by max(0, 1 - threshold √n / their norm) (Yuan and Lin
@@ -47,7 +44,7 @@ def shrunk(
         count += math.prod(parts.shape[lead + 1 :])
     norm = jnp.sqrt(square)
     factor = jnp.maximum(0, 1 - threshold * math.sqrt(count) / jnp.where(norm > 0, norm, 1))
-    found: dict[Path, jax.Array] = {}
+    found: Arrays = {}
     for piece in pieces:
         at = _at(path, piece.parameter)
         w = found.get(at, values[at])
@@ -65,7 +62,7 @@ def _along(factors: jax.Array, ndim: int, axis: int) -> jax.Array:
     return factors.reshape(*stack, *(1,) * between, n, *(1,) * (-axis - 1))
 
 
-def _size(path: Path, units: Units, piece: Piece, values: dict[Path, jax.Array], moments: Moments) -> jax.Array:
+def _size(path: Path, units: Units, piece: Piece, values: Arrays, moments: Arrays) -> jax.Array:
     """√Σ of the squares of what a piece gives for each unit: of its weights, or of its products if there is a text."""
     at = _at(path, piece.parameter)
     w, moment = values[at], moments.get(at)
@@ -113,9 +110,7 @@ def _index(units: Units, piece: Piece, kept: jax.Array) -> jax.Array:
     return (begin + kept[..., None] * section + jnp.arange(section)).reshape(*kept.shape[:-1], -1)
 
 
-def without(
-    path: Path, units: Units, kept: jax.Array, values: dict[Path, jax.Array], moments: Moments
-) -> dict[Path, jax.Array]:
+def without(path: Path, units: Units, kept: jax.Array, values: Arrays, moments: Arrays) -> dict[Path, jax.Array]:
     """The parameters that have entries of units, with those of the kept ones alone."""
     found: dict[Path, jax.Array] = {}
     for cut in units.cuts:
@@ -147,9 +142,7 @@ def _refitted(w: jax.Array, moment: jax.Array, index: jax.Array) -> jax.Array:
     return w[index] + change
 
 
-def _rescale(
-    path: Path, units: Units, norm: Norm, kept: jax.Array, values: dict[Path, jax.Array], moments: Moments
-) -> jax.Array:
+def _rescale(path: Path, units: Units, norm: Norm, kept: jax.Array, values: Arrays, moments: Arrays) -> jax.Array:
     """Of the scale of a norm, so that what stays is divided by what it was divided by before.
 
     The mean square over n of n' entries is n' / n of what it was times the share of the sum of squares that stays.

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from phyla.compression import matrices
-from phyla.compression.calibrate import Moments
-from phyla.compression.parts import Path, importance, without
+from phyla.compression.calibrate import Moments, Path
+from phyla.compression.parts import Arrays, importance, without
 from phyla.compression.rule import Applied, Method, Rule
 from phyla.compression.units import UNITS, Amount, Units
 from phyla.models import sizes
@@ -72,14 +72,14 @@ class PruneUnits(Shrink):
         values = {place.path: place.value[...] for place in matrices.places(model)}
 
         @jax.jit
-        def smaller(values: dict[Path, jax.Array], moments: Moments) -> dict[Path, jax.Array]:
+        def smaller(values: Arrays, moments: Arrays) -> Arrays:
             kept, found = _kept(sites, values, moments), {}
             for site in sites:
                 for units in site.units:
                     found |= without(site.path, units, kept[site.path, units], values, moments)
             return found
 
-        cut = smaller(values, moments)
+        cut = smaller(values, dict(moments))
         config = _with_layers(model.config, {site.path: site.smaller for site in sites})
         left = dict.fromkeys(values.keys() - cut.keys(), f"{self} is not for it")
         left |= {place.path: f"it has no {self.what}" for place in chosen if place.path in left}
@@ -121,7 +121,7 @@ def check_dense(recipe: Rule, model: LanguageModel) -> None:
         raise UserError(f"{recipe} takes parts of arrays, and {name} is none any more: put it before what made it so")
 
 
-def rebuilt(config: ModelConfig, values: dict[Path, jax.Array]) -> LanguageModel:
+def rebuilt(config: ModelConfig, values: Arrays) -> LanguageModel:
     """A model with these parameters."""
     graphdef, params = nnx.split(sizes.abstract(config))
     for path, variable in nnx.to_flat_state(params):
@@ -230,7 +230,7 @@ def _with_layers(config: ModelConfig, layers: dict[Path, LayerConfig]) -> ModelC
     return dataclasses.replace(config, prefix=prefix, pattern=pattern)
 
 
-def _kept(sites: list[Site], values: dict[Path, jax.Array], moments: Moments) -> dict[tuple[Path, Units], jax.Array]:
+def _kept(sites: list[Site], values: Arrays, moments: Arrays) -> dict[tuple[Path, Units], jax.Array]:
     """The units that stay, in their order, integers [..., n] for each layer of a stack."""
     found, tied = {}, {}
     for site in sites:

@@ -24,7 +24,11 @@ def to_json(config: Any) -> Any:
 
 
 def from_json(kind: Any, data: Any, where: str = "config") -> Any:
-    """The inverse of `to_json` for a value of type `kind`. Raises UserError for an unknown or missing field."""
+    """The inverse of `to_json` for a value of type `kind`.
+
+    A field that is not there did not exist when it was written, and has its default. Raises UserError for an unknown
+    field, or for one that is missing and has no default.
+    """
     if isinstance(kind, types.UnionType):  # X | None
         if data is None:
             return None
@@ -38,11 +42,12 @@ def from_json(kind: Any, data: Any, where: str = "config") -> Any:
     if kind is LayerConfig:
         kind = LAYERS[choose(f"layer at {where}", data.pop("layer"), LAYERS)]
     hints = typing.get_type_hints(kind)
-    names = [field.name for field in dataclasses.fields(kind)]
+    fields = {field.name: field for field in dataclasses.fields(kind)}
     for name in data:
-        choose(f"field in {where}", name, names)
-    for name in names:
-        if name not in data:
+        choose(f"field in {where}", name, fields)
+    for name, field in fields.items():
+        needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if needed and name not in data:
             raise UserError(f"{where} has no field '{name}'")
     make: Any = kind
     return make(**{name: from_json(hints[name], value, f"{where}.{name}") for name, value in data.items()})

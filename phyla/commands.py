@@ -327,6 +327,8 @@ class Compress:
     """The text that methods read which need one, as `--data.source`; None: what the run was trained on."""
     tokens: int | None = None
     """How much of it at most; None: 65,536."""
+    speed: bool = True
+    """Time prefill and decoding, before and after."""
     list: bool = False
     """Only explain every method, in a line each."""
     json: Path | None = None
@@ -359,7 +361,7 @@ def compress(arguments: Sequence[str]) -> None:
     given = {"source": options.calibration, "tokens": options.tokens}
     given = {name: value for name, value in given.items() if value is not None}
     calibration = Calibration(**given) if given else None
-    compress_run(options.run, chosen, options.out, calibration=calibration, json=options.json)
+    compress_run(options.run, chosen, options.out, calibration=calibration, speed=options.speed, json=options.json)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,6 +35,7 @@ class Checkpoints:
             frozen: whether what of the model is frozen, if anything, is saved.
         """
         self._frozen = frozen
+        self._folder = (folder / "checkpoints").absolute()
         policies = checkpoint_managers.AnyPreservationPolicy(
             [
                 checkpoint_managers.LatestN(keep),
@@ -42,7 +43,7 @@ class Checkpoints:
             ]
         )
         self._manager = ocp.CheckpointManager(
-            (folder / "checkpoints").absolute(),
+            self._folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies,
                 best_fn=lambda metrics: metrics[METRIC],
@@ -106,8 +107,7 @@ class Checkpoints:
 
     def has(self, step: int, item: str) -> bool:
         """Whether a step has an item."""
-        found = self._manager.metadata(step).item_metadata
-        return found is not None and item in found
+        return (self._folder / str(step) / item).is_dir()
 
     def restore_params(self, step: int, abstract: nnx.State, item: Literal["params", "ema", "frozen"]) -> nnx.State:
         """One item of a step alone."""

@@ -174,6 +174,26 @@ def pareto(points: Mapping[str, Sequence[dict]]) -> bytes:
     return _png(figure)
 
 
+def layer_errors(errors: Mapping[str, Sequence[float]]) -> bytes:
+    """The relative error of every matrix (a row) in every layer of its stack (a column)."""
+    columns = max(map(len, errors.values()))
+    figure, (axes,) = _figure(1, 0.32 * len(errors) + 0.3)
+    table = [[*values, *[math.nan] * (columns - len(values))] for values in errors.values()]
+    axes.imshow(table, aspect="auto", cmap="Blues", vmin=0)
+    axes.set_xticks(range(columns))
+    axes.set_yticks(range(len(errors)), list(errors), fontsize=FONT - 2)
+    axes.set_xlabel("layer of the stack", fontsize=FONT, color=INK)
+    axes.set_title("‖change‖ / ‖weights‖", fontsize=FONT, color=INK, loc="left")
+    most = max(value for row in table for value in row if math.isfinite(value))
+    if columns <= 12:
+        for y, row in enumerate(table):
+            for x, value in enumerate(row):
+                if math.isfinite(value):
+                    style = {"ha": "center", "va": "center", "fontsize": FONT - 3}
+                    axes.text(x, y, f"{value:.1%}", color="white" if value > 0.6 * most else INK, **style)
+    return _png(figure)
+
+
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Those of which no other is at most as large in both numbers, by the first."""
     found: list[tuple[float, float]] = []

@@ -3,7 +3,7 @@
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,20 +16,26 @@ CONTEXTS = (256, 1024, 4096)
 REPEATS = 3
 
 
-def measure(saved: Saved, progress: Callable[[int], None] = lambda done: None) -> dict[str, list[float]]:
-    """Prefill and greedy decode tokens per second (batch 1, medians) and bytes of state, at each of `CONTEXTS`."""
+def measure(
+    saved: Saved, progress: Callable[[int], None] = lambda done: None, contexts: Sequence[int] | None = None
+) -> dict[str, list[float]]:
+    """Prefill and greedy decode tokens per second (batch 1, medians) and bytes of state at each context.
+
+    Contexts (None: `CONTEXTS`) that a model is too short for are left out.
+    """
     generator = Generator(saved.graphdef, Sampling(temperature=0))
     longest = saved.experiment.model.learned_positions or math.inf
-    contexts = [length for length in CONTEXTS if length + (REPEATS + 1) * BLOCK <= longest]
+    contexts = [length for length in contexts or CONTEXTS if length + (REPEATS + 1) * BLOCK <= longest]
     record: dict[str, list[float]] = {
         "contexts": list(contexts),
         "prefill_tokens_per_second": [],
         "decode_tokens_per_second": [],
         "state_bytes": [],
     }
-    key = jax.random.key(0)
+    key, vocabulary = jax.random.key(0), saved.experiment.model.vocab_size
+    assert vocabulary is not None
     for i, length in enumerate(contexts):
-        tokens = jax.random.randint(key, (1, length), 0, saved.tokenizer.vocab_size)
+        tokens = jax.random.randint(key, (1, length), 0, vocabulary)
         segment_ids = jnp.ones_like(tokens)
         room = length + (REPEATS + 1) * BLOCK
 

@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from phyla.compression.awq import awq
 from phyla.compression.calibrate import Columns, Moments
 from phyla.compression.compress import Measure, Step, abstract, compress
 from phyla.compression.matrices import places
+from phyla.compression.quantize import Quantize
 from phyla.compression.recipes import parse
 from phyla.models import weights
 from phyla.models.errors import UserError
@@ -28,7 +30,6 @@ from phyla.models.formats.source import build
 from phyla.models.language_model import LanguageModel
 from phyla.models.layers import ExpertLinear, Linear
 from phyla.models.quantized import Quantized
-from phyla.models.weights import Weight
 from phyla.models.wrapped import Rotated, Scaled, Wrapped
 from phyla.training.data.sources import austen
 from tests.compression.test_compress import batches, built, config, dense, hidden, logits, named
@@ -68,10 +69,10 @@ def read(x: np.ndarray, path: tuple, stack: tuple[int, ...] = ()) -> Moments:
     return Moments({path: widen(x.T @ x)}, {path: Columns(*map(widen, rows))})
 
 
-def made(method: str, w: np.ndarray, x: np.ndarray) -> Weight:
+def made(method: str, w: np.ndarray, x: np.ndarray) -> Any:
     """A matrix [K, N] or a stack of experts' after a chain of recipes, calibrated with x."""
     stack = w.shape[:-2]
-    holder = nnx.Module()
+    holder: Any = nnx.Module()
     axes = ("experts", "embed", "mlp")[-w.ndim :]
     holder.weight = nnx.Param(jnp.asarray(w, jnp.float32), axes=axes, matrix=True, precise="")
     for recipe in parse(method):
@@ -79,7 +80,9 @@ def made(method: str, w: np.ndarray, x: np.ndarray) -> Weight:
         seen, held = jnp.asarray(x, jnp.float32), holder.weight
         while isinstance(held, Wrapped):
             seen, held = of_input(held, seen), held.body
-        assert not recipe.apply(holder, [place], read(np.float64(seen), place.path, stack), jax.random.key(1)).left
+        assert not recipe.apply(
+            holder, [place], read(np.asarray(seen, np.float64), place.path, stack), jax.random.key(1)
+        ).left
     return holder.weight
 
 
@@ -129,14 +132,12 @@ def test_smoothquant_moves_what_is_large_to_the_weights():
         y = by_token(x / s) @ rounded_to(w * s[:, None], 127)
         found = matmul(jnp.asarray(x, jnp.float32), made(f"smoothquant-{alpha}", w, x))
         assert np.linalg.norm(found - y) < 2e-3 * np.linalg.norm(y)
-        floored = np.maximum(largest, largest.mean())
-        s = np.where(most > 0, floored**alpha / np.maximum(most, 1e-9) ** (1 - alpha), 1)
-        scale = (floored / s).max() / 127
+        scale = np.abs(x / s).max() / 127
         y = np.round(x / s / scale) * scale @ rounded_to(w * s[:, None], 127)
         found = matmul(jnp.asarray(x, jnp.float32), made(f"smoothquant-{alpha}-tensor", w, x))
         assert np.linalg.norm(found - y) < 2e-3 * np.linalg.norm(y)
     plain = matmul(jnp.asarray(x, jnp.float32), made("w8a8-tensor", w, x))
-    assert np.linalg.norm(found - x @ w) < np.linalg.norm(plain - x @ w) / 1.5
+    assert np.linalg.norm(found - x @ w) < np.linalg.norm(plain - x @ w) / 3
 
 
 def int4(w: np.ndarray, group: int) -> np.ndarray:
@@ -170,7 +171,7 @@ def test_awq_is_the_search_of_the_paper(group):
                     best, cut[part, n] = change @ H[part, part] @ change, found
     expected = cut / s[:, None]
     given = (jnp.asarray(a, jnp.float32) for a in (w, H, size))
-    scale, held = awq(*given, "int4", group, True)
+    scale, held = awq(*given, Quantize(format="int4", group=group), True)
     np.testing.assert_allclose(scale, s, rtol=1e-4)
     found = np.asarray(materialize(Scaled(Quantized(held, ("a", "b")), 1 / scale, ("a",))), np.float64)
     wrong = np.abs(found - expected) > 1e-4
@@ -259,12 +260,14 @@ def test_each_family(family, method):
 def test_llm_int8_recovers_an_injected_outlier():
     """One channel of a norm 60 times larger, and its weights as much smaller: the same model, for float32."""
     model = nnx.clone(built("transformer"))
-    for block in model.periods.blocks:
+    blocks: Any = model.periods.blocks
+    for block in blocks:
         for norm, linears in (
             (block.mixer_norm, [block.mixer.q, block.mixer.k, block.mixer.v]),
             (block.channel_norm, [value for _, value in nnx.iter_children(block.channel) if isinstance(value, Linear)]),
         ):
             norm.scale[...] = norm.scale[...].at[:, 5].multiply(60.0)
+            linear: Any
             for linear in linears:
                 if linear.weight.shape[-2] == model.config.width:
                     linear.weight[...] = linear.weight[...].at[:, 5].divide(60.0)
@@ -318,8 +321,8 @@ def test_a_real_encoder(tmp_path, optimised):
         ("awq-int4@router", "router.weight stays as it is \\(it chooses the experts\\)"),
         ("llm-int8-0", "there must be room for an input; nearest: llm-int8-1"),
         ("smoothquant-1.5", "nearest: smoothquant-0.5"),
-        ("awq-int4-g7", "a group is an even number; nearest: int4-g8"),
-        ("awq-nf4", "no method 'awq-nf4'; nearest: awq-int4"),
+        ("awq-int4-g7", "a group is a multiple of 2; nearest: int4-g8"),
+        ("awq-nf4", "no method 'awq-nf4'; nearest: nf4"),
     ],
 )
 def test_refusals(method, error):

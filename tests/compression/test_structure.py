@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phyla.compression.calibrate import Moments
@@ -275,7 +275,9 @@ REMOVED = {
 """Parameters of one repeat that belong to half of its units, counted by hand."""
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [name if name == "transformer" else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+)
 def test_the_repeat_that_changes_nothing_is_taken_out(name):
     made = nnx.clone(built(name))
     for place in places(made):
@@ -372,11 +374,12 @@ def test_what_is_left_decodes():
     np.testing.assert_allclose(jnp.concatenate(found, axis=1), logits(made), atol=1e-5)
 
 
-@given(st.integers(2, 9), st.integers(1, 4), st.data())
-def test_rows_are_fitted_to_what_all_of_them_gave(K, N, data):
+@settings(deadline=None, max_examples=20)
+@given(st.sets(st.integers(0, 6), min_size=4, max_size=4), st.integers(0, 99))
+def test_rows_are_fitted_to_what_all_of_them_gave(chosen, seed):
     """Least squares in float64 on the vectors themselves, with a damped change; an input never seen keeps its row."""
-    kept = sorted(data.draw(st.sets(st.integers(0, K - 1), min_size=1, max_size=K - 1)))
-    rng = np.random.default_rng(K * N)
+    K, N, kept = 7, 3, sorted(chosen)
+    rng = np.random.default_rng(seed)
     X, w = rng.standard_normal((20, K)), rng.standard_normal((K, N))
     X[:, K - 1] = 0
     H = X.T @ X
@@ -406,9 +409,7 @@ def test_importance_on_a_text_is_what_a_unit_adds():
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        each
-        if each in (("transformer", "neurons"), ("mamba", "heads"))
-        else pytest.param(*each, marks=pytest.mark.slow)
+        each if each == ("transformer", "neurons") else pytest.param(*each, marks=pytest.mark.slow)
         for each in FITTING
         if each[1] != "experts"
     ],
@@ -425,16 +426,22 @@ def test_a_text_helps(name, what):
 
 def test_experts_go_that_a_text_does_not_use():
     """However large their weights are."""
-    made = nnx.clone(silenced("mamba", "experts"))
-    for place in places(made):
-        if place.name.endswith("channel.down.weight"):
-            up = dict(nnx.to_flat_state(nnx.state(made)))[(*place.path[:-2], "up", "weight")]
-            silent = jnp.all(up[...] == 0, axis=(-1, -2))
-            place.value[...] = jnp.where(silent[..., None, None], 9.0, place.value[...])
-            up[...] = jnp.where(silent[..., None, None], 9.0, up[...])
+    config = model((AttentionConfig(heads=2), MoEConfig(experts=4, top_k=2, expand=1.0)))
+    made = LanguageModel(config, nnx.Rngs(0))
+    values = {place.name.removeprefix("periods.blocks.0."): place.value for place in places(made)}
+    values["channel_norm.bias"][...] += 3
+    for layer, gone in enumerate(([0, 2], [1, 2])):
+        for unit in gone:
+            router = values["channel.router.weight"]
+            router[...] = router[...].at[layer, :, unit].set(-9)
+            for name in ("up", "gate", "down"):
+                weight = values[f"channel.{name}.weight"]
+                weight[...] = weight[...].at[layer, unit].multiply(100)
     (text,) = compress(made, parse("prune-experts-50%-text"), text_of(made))
+    (other,) = compress(made, parse("prune-experts-50%"))
     before = logits(made)
     np.testing.assert_allclose(logits(text.model), before, atol=2e-5 * np.abs(before).max())
+    assert np.abs(logits(other.model) - before).max() > 0.1
 
 
 def test_a_number_instead_of_a_share():

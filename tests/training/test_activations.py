@@ -17,8 +17,9 @@ def test_the_worst_of_a_stack():
     rows = (a.sum(1), (a**2).sum(1), (a**4).sum(1), (a >= 6).sum(1), np.full((2, 8), 5000), a.max(1))
     columns = Columns(*(jnp.asarray(row, jnp.float32) for row in rows))
     path = ("periods", "blocks", 0, "mixer", "q", "weight", "body")
-    (found,) = activations({path: columns}).items()
+    (found,) = activations({path: columns}, lambda path: path[3]).items()
     assert found[0] == "periods.blocks.0.mixer.q.weight"
-    assert found[1]["kurtosis"] == pytest.approx(kurtosis(x[1], axis=None, fisher=False), rel=1e-2)
+    assert found[1]["kurtosis"] == pytest.approx(kurtosis(x[1].ravel(), fisher=False), rel=1e-2)
     assert found[1]["largest"] == pytest.approx(a[1].max())
+    assert found[1]["layer"] == "mixer"
     assert (found[1]["outliers"], found[1]["inputs"]) == (2, 8)

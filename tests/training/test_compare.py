@@ -14,7 +14,7 @@ from phyla.models.mixers.attention import AttentionConfig
 from phyla.models.mixers.mamba import MambaConfig
 from phyla.models.mlp import MLPConfig
 from phyla.training import compare as module
-from phyla.training import run, speed
+from phyla.training import compress, run, speed
 from phyla.training.compare import compare, read_results
 from phyla.training.log import read
 
@@ -24,6 +24,7 @@ def experiments(experiment, monkeypatch):
     """One with attention, one with Mamba, of a few steps."""
     monkeypatch.setattr(speed, "CONTEXTS", (8, 16))
     monkeypatch.setattr(module, "SAMPLE_TOKENS", 8)
+    monkeypatch.setattr(compress, "CONTEXT", 8)
     attention = BlockConfig(mixer=AttentionConfig(heads=2, head_dim=8), channel=MLPConfig())
     mamba = BlockConfig(mixer=MambaConfig(state=4))
     loop = dataclasses.replace(experiment.loop, steps=20)
@@ -95,6 +96,17 @@ def test_a_comparison_from_start_to_end(experiments, tmp_path, monkeypatch):
     assert state["mamba"][0] == state["mamba"][1]
     assert state["attention"][0] < state["attention"][1]
     assert {r["name"] for r in records if r["kind"] == "baseline"} >= {"1-gram", "3-gram", "xz"}
+
+    # A finished comparison is given a recipe.
+    compare(experiments, out=out, compress=("int8",), **OPTIONS)
+    versions = [record for record in read_results(out)[1] if record["kind"] == "compressed"]
+    assert [(v["name"], v["recipe"]) for v in versions] == [
+        (n, r) for n in ("attention", "mamba") for r in (None, "int8")
+    ]
+    assert versions[1]["bytes_in_memory"] < versions[0]["bytes_in_memory"] / 3
+    assert all(version["decode"] > 0 for version in versions)
+    assert "int8" in (out / "report.md").read_text()
+    assert (out / "compressed.png").exists()
 
     more: dict[str, Any] = OPTIONS | {"seeds": 3}
     with pytest.raises(UserError, match=r"asked\.seeds = 2, not 3"):

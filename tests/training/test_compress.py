@@ -13,13 +13,14 @@ from safetensors.numpy import load_file, save_file
 
 from phyla.cli import main
 from phyla.compression.compress import compress
-from phyla.compression.matrices import weights
+from phyla.compression.matrices import dotted, weights
 from phyla.compression.recipes import parse
 from phyla.models.config import BlockConfig, ModelConfig
 from phyla.models.errors import UserError
 from phyla.models.language_model import LanguageModel
 from phyla.models.mixers.attention import AttentionConfig
 from phyla.models.weights import Weight, materialize
+from phyla.training import compress as module
 from phyla.training import run
 from phyla.training.compress import Calibration, compress_run
 from phyla.training.convert import export_model, import_model
@@ -299,3 +300,21 @@ def test_no_run(tmp_path, capsys):
     assert "is not a run" in capsys.readouterr().err
     assert main(["compress", "--list"]) == 0
     assert "magnitude-2:4" in capsys.readouterr().out
+
+
+def test_errors_by_layer_and_speed(trained, tmp_path, monkeypatch):
+    """‖W' - W‖ / ‖W‖ of each layer, in numpy, and both models are timed."""
+    monkeypatch.setattr(module, "CONTEXT", 8)
+    record = compress_run(trained, parse("int4-g2"), tmp_path / "out", speed=True)
+    before, after = (weights(load(folder).model()) for folder in (trained, tmp_path / "out"))
+    found = record["errors"]
+    assert (tmp_path / "out" / "errors.png").exists()
+    for path, weight in before.items():
+        old, new = np.asarray(materialize(weight), np.float64), np.asarray(materialize(after[path]), np.float64)
+        layers = ((old, new),) if path[0] != "periods" else zip(old, new, strict=True)
+        expected = [np.linalg.norm(b - a) / np.linalg.norm(a) for a, b in layers]
+        name = dotted(path).removeprefix("periods.")
+        if any(expected):
+            np.testing.assert_allclose(found.pop(name), expected, rtol=1e-4)
+    assert not found
+    assert all(record["steps"][i]["decode"] > 0 for i in (0, 1))

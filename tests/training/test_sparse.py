@@ -203,7 +203,7 @@ def test_l1_is_soft_thresholding():
 @functools.cache
 def built(family: str) -> LanguageModel:
     config = configs.experiment(family).model
-    config = dataclasses.replace(config, width=16, layers=max(2, len(config.pattern)), vocab_size=31, groups=None)
+    config = dataclasses.replace(config, width=32, layers=max(2, len(config.pattern)), vocab_size=31, groups=None)
     return LanguageModel(config, nnx.Rngs(0))
 
 
