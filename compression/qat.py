@@ -3,6 +3,7 @@
 After it, the method that rounds (`qat-int4` by `int4`) makes of the model the `Quantized` of the same values.
 """
 
+import functools
 import math
 import re
 from dataclasses import dataclass, replace
@@ -100,7 +101,7 @@ class LSQ(Rule):
             w, axes, turned = inputs_first(place)
             K = w.shape[-2]
             group = self.group or K + -K % rows
-            first = each(lambda w, g=None if self.tensor else group: first_steps(w, self.bits, g), w)
+            first = _first_steps(w, self.bits, None if self.tensor else group)
             own = axes[:-2] + (() if self.tensor else axes[-2:])
             # Adam does not see how large a gradient is. Steps are smaller than weights by about √most: so they move as
             # fast for their size.
@@ -139,9 +140,18 @@ class FixQAT(Rule):
                 continue
             *stack, rows, columns = place.axes
             axes = (*stack, columns, rows) if fake.transposed else place.axes
-            held = jax.jit(type(fake).held)(fake)
-            matrices.replace(model, place.path, Quantized(held, axes, transposed=fake.transposed))
+            matrices.replace(model, place.path, Quantized(_held(fake), axes, transposed=fake.transposed))
         return Applied(model, left)
+
+
+@jax.jit(static_argnums=(1, 2))
+def _first_steps(w: jax.Array, bits: int, group: int | None) -> jax.Array:
+    return each(functools.partial(first_steps, bits=bits, group=group), w)
+
+
+@jax.jit
+def _held(fake: FakeQuantized) -> Format:
+    return fake.held()
 
 
 def _qat(found: re.Match, only: str) -> QAT:

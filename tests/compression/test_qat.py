@@ -78,8 +78,13 @@ def logits(model: LanguageModel) -> np.ndarray:
     return np.asarray(_logits(*nnx.split(model)))
 
 
+@jax.jit(static_argnums=0)
+def _values(graphdef: nnx.GraphDef, params: nnx.State) -> dict[str, jax.Array]:
+    return {dotted(path): materialize(held) for path, held in weights(nnx.merge(graphdef, params)).items()}
+
+
 def values(model: LanguageModel) -> dict[str, np.ndarray]:
-    return {dotted(path): np.asarray(jax.jit(materialize)(weight)) for path, weight in weights(model).items()}
+    return jax.device_get(_values(*nnx.split(model)))
 
 
 @pytest.mark.parametrize(("family", "before", "after"), ALL)
