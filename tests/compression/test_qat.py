@@ -105,7 +105,7 @@ def test_training_ends_in_the_weights_that_compression_makes(family, before, aft
     rounded, fixed = values(model), values(last.model)
     for name, value in rounded.items():
         np.testing.assert_array_equal(value, fixed[name], err_msg=name)
-    if family in ("transformer", "mamba"):  # the others follow from the values
+    if family == "transformer" and before != "qat-w8a8":  # where a rounding error may change an activation's code
         np.testing.assert_allclose(logits(model), logits(last.model), rtol=1e-4, atol=2e-5)
     assert last.model.embedding.weight.nbytes < built(family).embedding.weight.nbytes  # pyright: ignore
 
@@ -126,6 +126,8 @@ def test_what_is_rounded_counts_as_the_identity():
     np.testing.assert_allclose(by_w, X.T @ g, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(by_x, g @ W.T, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(instead(x, 2 * x), 2 * x)
+    found, fixed = FakeQuantized(nnx.Param(w), rounding), Quantized(rounding(w), ("embed", "mlp"))
+    np.testing.assert_allclose(found.matmul(x), fixed.matmul(x), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("group", "tensor"), [(6, False), (4, False), (6, True)])
