@@ -31,6 +31,8 @@ class Step(NamedTuple):
     """Paths of parameters."""
     left: dict[str, str]
     """Paths of the dense parameters that it left as they were, and why."""
+    note: str = ""
+    """What else is to be said of it."""
 
 
 def no_text(model: LanguageModel, measure: Measure) -> Moments:
@@ -96,17 +98,20 @@ def _apply(model: LanguageModel, recipe: Rule, rules: Sequence[Rule], moments: A
     left = {place.name: place.left for place in everything if not place.kind and not recipe.reshapes}
     others = [place for place in everything if place.kind and not any(rule.chooses(place) for rule in rules)]
     left |= {place.name: f"{recipe} is not for it" for place in others}
-    done = []
+    done, besides, notes = [], (), []
     for rule in rules:  # each for what those before it left
         chosen = [place for place in matrices.places(model) if rule.chooses(place)]
-        model, of_chosen = rule.apply(model, chosen, moments, key)
+        model, of_chosen, more, note = rule.apply(model, chosen, moments, key)
         left = {name: why for name, why in left.items() if name not in {place.name for place in chosen}} | of_chosen
-        if of_chosen.keys() < {place.name for place in chosen}:
+        besides += more
+        notes += [note] * bool(note)
+        if more or of_chosen.keys() < {place.name for place in chosen}:
             done.append(rule)
-    changed = tuple(place.name for place in everything if place.name not in left)
+    changed = (*(place.name for place in everything if place.name not in left), *besides)
+    left = {name: why for name, why in left.items() if name not in besides}
     if not changed:
         raise UserError(f"{recipe} changes nothing in this model: {_reason(recipe, everything, left)}")
-    return Step(model, recipe, tuple(done), changed, left)
+    return Step(model, recipe, tuple(done), changed, left, "; ".join(notes))
 
 
 def _reason(recipe: Rule, everything: list[matrices.Place], left: dict[str, str]) -> str:
@@ -114,9 +119,10 @@ def _reason(recipe: Rule, everything: list[matrices.Place], left: dict[str, str]
         if kept := [place.name for place in everything if place.path[-1] == "body"]:
             return f"{kept[0]} stays as it is ({left[kept[0]]})"
         return "every matrix is quantized already (prune before you quantize)"
-    found = [place.name for place in everything if re.search(recipe.only, place.name)]
+    found = [place for place in everything if re.search(recipe.only, place.name)]
     if found:
-        return f"{found[0]} stays as it is ({left[found[0]]})"
+        first = min(found, key=lambda place: place.kind not in ("matrix", "values"))  # all methods are for these
+        return f"{first.name} stays as it is ({left[first.name]})"
     free = [place.name for place in everything if place.kind]
     nearest = difflib.get_close_matches(recipe.only, free, n=1, cutoff=0.0)[0]
     return f"'{recipe.only}' is in no dense parameter's path; nearest: {nearest}"

@@ -8,10 +8,13 @@ embeddings. So do matrices that say why (`precise`): routers, gates, Mamba's dt_
 
 from typing import Any, Literal, NamedTuple
 
+import jax
 from flax import nnx
 
+from phyla.models.config import ModelConfig
 from phyla.models.fake import FakeQuantized
 from phyla.models.language_model import LanguageModel
+from phyla.models.registry import LAYERS
 from phyla.models.weights import Weight
 
 
@@ -21,7 +24,8 @@ class Place(NamedTuple):
     path: tuple[Any, ...]
     value: nnx.Param
     axes: tuple[str, ...]
-    kind: Literal["matrix", "head", "table"] | None
+    kind: Literal["matrix", "head", "table", "values"] | None
+    """`values` are the nonzero ones of a matrix, [out, kept], which multiply nothing by themselves."""
     left: str
     """Why no method may touch it, where the kind is None."""
 
@@ -64,9 +68,30 @@ def holder(model: LanguageModel, path: tuple[Any, ...]) -> Any:
     return found
 
 
+def part(of: nnx.Param, value: jax.Array, axes: tuple[str, ...]) -> nnx.Param:
+    """A parameter that comes of another, with what that one says of itself but for its axes."""
+    metadata: dict[str, Any] = of.get_metadata() | {"axes": axes}
+    return nnx.Param(value, **metadata)
+
+
 def dotted(path: tuple[Any, ...]) -> str:
     """A path as text; what a weight wraps (its `body`) has the weight's name."""
     return ".".join(str(part) for part in path if part != "body")
+
+
+def kind_of_layer(config: ModelConfig, path: tuple[Any, ...]) -> str:
+    """The kind of layer that a parameter belongs to."""
+    kinds = {kind: name for name, kind in LAYERS.items()}
+    match path:
+        case ("periods", "blocks", int(i), "mixer" | "channel" as part, *_):
+            return kinds[type(getattr(config.pattern[i], part))]
+        case ("prefix", int(i), "mixer" | "channel" as part, *_):
+            return kinds[type(getattr(config.prefix[i], part))]
+        case (*_, "mixer_norm" | "channel_norm" | "norm" | "embedding_norm", _):
+            return "norms"
+        case (first, *_):
+            return str(first)
+    raise AssertionError(path)
 
 
 def _place(path: tuple[Any, ...], variable: nnx.Param) -> Place:
@@ -75,7 +100,7 @@ def _place(path: tuple[Any, ...], variable: nnx.Param) -> Place:
     if left:
         return Place(path, variable, axes, kind, left)
     if metadata["matrix"]:
-        kind = "head" if axes[-1] == "vocab" else "matrix"
+        kind = "head" if axes[-1] == "vocab" else "values" if axes[-1] == "kept" else "matrix"
     elif axes == ("vocab", "embed"):
         kind = "table"
     else:

@@ -16,7 +16,7 @@ from phyla.compression.rule import Applied, Method, Rule
 from phyla.models.errors import UserError
 from phyla.models.language_model import LanguageModel
 
-LEFT = "heads and tables of the vocabulary are not pruned"
+LEFT = "heads and tables of the vocabulary are not pruned, nor what is packed"
 
 
 Measure = Literal["magnitude", "wanda", "sparsegpt"]

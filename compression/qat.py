@@ -57,7 +57,7 @@ class QAT(Rule):
         """See `Rule.apply`."""
         left = {}
         for place in chosen:
-            if why := refusal(place, self.rounding):
+            if why := _refusal(place, self.rounding):
                 left[place.name] = why
                 continue
             rounding = Rounding(recipe=self.rounding, dynamic=self.activations and place.kind == "matrix")
@@ -95,7 +95,7 @@ class LSQ(Rule):
         """See `Rule.apply`."""
         left, rows = {}, unit(self.bits)
         for place in chosen:
-            if why := refusal(place, self._alike()):
+            if why := _refusal(place, self._alike()):
                 left[place.name] = why
                 continue
             w, axes, turned = inputs_first(place)
@@ -142,6 +142,10 @@ class FixQAT(Rule):
             axes = (*stack, columns, rows) if fake.transposed else place.axes
             matrices.replace(model, place.path, Quantized(_held(fake), axes, transposed=fake.transposed))
         return Applied(model, left)
+
+
+def _refusal(place: matrices.Place, alike: Quantize) -> str:
+    return "packed already: this is for before" if place.kind == "values" else refusal(place, alike)
 
 
 @jax.jit(static_argnums=(1, 2))

@@ -154,6 +154,8 @@ def quantize(model: LanguageModel, chosen: list[matrices.Place], recipe: Quantiz
 def refusal(place: matrices.Place, recipe: Quantize) -> str:
     """Why the recipe leaves a parameter; empty: it does not."""
     K = inputs_first(place)[0].shape[-2]
+    if recipe.gptq and place.kind == "values":
+        return "packed: no text tells of its values by themselves"
     if K < FEWEST:
         return f"of {K} inputs: its scales would take as much room as its codes"
     if recipe.format in KINDS and fitting(recipe.format, K) is None:
@@ -164,7 +166,7 @@ def refusal(place: matrices.Place, recipe: Quantize) -> str:
 def inputs_first(place: matrices.Place) -> tuple[jax.Array, tuple[str, ...], bool]:
     """The parameter as [..., in, out], the names of these dimensions, and whether it is the other way round."""
     dense, axes = place.value[...], place.axes
-    if place.kind != "table":  # whose rows are the output channels
+    if place.kind not in ("table", "values"):  # whose rows are the output channels
         return dense, axes, False
     return dense.swapaxes(-1, -2), (*axes[:-2], axes[-1], axes[-2]), True
 

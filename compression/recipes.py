@@ -7,11 +7,45 @@ directory needs no more than the names.
 
 import re
 
-from phyla.compression import activations, awq, depth, mixed, prune, qat, quantize, rotate, structure
+from phyla.compression import (
+    activations,
+    adapters,
+    awq,
+    cluster,
+    depth,
+    entropy,
+    factorise,
+    few,
+    merge,
+    mixed,
+    pack,
+    prune,
+    qat,
+    quantize,
+    rotate,
+    structure,
+)
 from phyla.compression.rule import Rule
 from phyla.models.errors import choose
 
-MODULES = (quantize, qat, mixed, awq, activations, rotate, prune, structure, depth)
+MODULES = (
+    quantize,
+    qat,
+    mixed,
+    awq,
+    activations,
+    rotate,
+    cluster,
+    prune,
+    pack,
+    structure,
+    depth,
+    factorise,
+    entropy,
+    adapters,
+    few,
+    merge,
+)
 METHODS = {name: method for module in MODULES for name, method in module.METHODS.items()}
 """By an example of their names."""
 

@@ -91,6 +91,10 @@ class Applied(NamedTuple):
     model: LanguageModel
     left: dict[str, str]
     """Paths of the chosen parameters that it left as they were, and why; of all if it reshapes."""
+    changed: tuple[str, ...] = ()
+    """Paths of what it changed besides: `Weight`s, parameters that are not among the chosen."""
+    note: str = ""
+    """What else is to be said of it."""
 
 
 class Method(NamedTuple):

@@ -47,6 +47,12 @@ class Block(nnx.Module):
         channel = self.channel.initial_state(batch, length) if self.has_channel else None
         return self.mixer.initial_state(batch, length), channel
 
+    def with_room(self, state: tuple[Any, Any], length: int) -> tuple[Any, Any]:
+        """See `Layer.with_room`."""
+        mixer, channel = state
+        channel = self.channel.with_room(channel, length) if self.has_channel else channel
+        return self.mixer.with_room(mixer, length), channel
+
     def __call__(
         self, x: jax.Array, value: jax.Array | None, state: Any, segment_ids: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None, Any, Any]:
@@ -115,6 +121,9 @@ class LanguageModel(nnx.Module):
     Raises UserError, naming the field, where the configuration contradicts itself.
     """
 
+    beginning: Any = None
+    """What it remembers before the first token, if that is learned (`phyla.models.beginnings`); None: nothing."""
+
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         if config.vocab_size is None:
             raise UserError("model.vocab_size is not set: the tokenizer decides it")
@@ -153,6 +162,12 @@ class LanguageModel(nnx.Module):
 
     def initial_state(self, batch: int, length: int) -> ModelState:
         """The state before the first token, with room for `length` tokens where a mixer keeps them all."""
+        if self.beginning is not None:
+            return self.beginning.state(self, batch, length)
+        return self.empty_state(batch, length)
+
+    def empty_state(self, batch: int, length: int) -> ModelState:
+        """`initial_state` with nothing learned."""
 
         def stacked(block: Block) -> Any:
             state = block.initial_state(batch, length)
@@ -162,6 +177,18 @@ class LanguageModel(nnx.Module):
             prefix=tuple(block.initial_state(batch, length) for block in self.prefix),
             blocks=tuple(stacked(block) for block in self.periods.blocks),
             cursor=start(batch),
+        )
+
+    def with_room(self, state: ModelState, length: int) -> ModelState:
+        """A state that is full, with room for `length` tokens more where a mixer keeps them all."""
+
+        def stacked(block: Block, state: Any) -> Any:
+            return jax.vmap(lambda state: block.with_room(state, length))(state)
+
+        return ModelState(
+            prefix=tuple(block.with_room(each, length) for block, each in zip(self.prefix, state.prefix, strict=True)),
+            blocks=tuple(map(stacked, self.periods.blocks, state.blocks)),
+            cursor=state.cursor,
         )
 
     def __call__(
@@ -189,9 +216,29 @@ class LanguageModel(nnx.Module):
             segment_ids: [B, T], a number for each document (0: padding); None: one document, or the state's goes on.
             token_types: [B, T], below `config.token_types`; None: all 0.
 
+        A learned beginning is that of each sequence's first document, also if no state is given.
+
         Raises UserError for more tokens than learned positions.
         """
-        x_BxTxD, cursor = self._embed(tokens, state, segment_ids, token_types)
+        limit, before = self.config.learned_positions, self.beginning.tokens if self.beginning is not None else 0
+        if limit and tokens.shape[1] + before > limit:
+            after = f" after {before} learned ones" * bool(before)
+            raise UserError(f"{tokens.shape[1]} tokens{after} do not fit model.learned_positions {limit}")
+        begin = state
+        if state is None and self.beginning is not None:
+            begin = self.beginning.state(self, tokens.shape[0], tokens.shape[1], segment_ids)
+        found = self.forward_embedded(self.embedding(tokens), begin, segment_ids, token_types)
+        return found if state is not None else found._replace(state=None)
+
+    def forward_embedded(
+        self,
+        x: jax.Array,
+        state: ModelState | None = None,
+        segment_ids: jax.Array | None = None,
+        token_types: jax.Array | None = None,
+    ) -> Output:
+        """`forward` for vectors [B, T, E] in the place of tokens' embeddings."""
+        x_BxTxD, cursor = self._embed(x, state, segment_ids, token_types)
         value, prefix_states, routings = None, [], []
         for i, block in enumerate(self.prefix):
             before = None if state is None else state.prefix[i]
@@ -235,17 +282,14 @@ class LanguageModel(nnx.Module):
         """[B, T, D] -> [B, D], for whole sentences: of their first token (Devlin et al. 2019)."""
         return jnp.tanh(self.pooler(hidden[:, 0]))
 
-    def _embed(self, tokens, state, segment_ids, token_types) -> tuple[jax.Array, Cursor]:
+    def _embed(self, x_BxTxE, state, segment_ids, token_types) -> tuple[jax.Array, Cursor]:
         """float32 [B, T, D], and the cursor after the tokens."""
-        config = self.config
-        if config.learned_positions and tokens.shape[1] > config.learned_positions:
-            raise UserError(f"{tokens.shape[1]} tokens do not fit model.learned_positions {config.learned_positions}")
-        x_BxTxE = self.embedding(tokens)
-        _, positions_BxT, cursor = advance(state and state.cursor, segment_ids, *tokens.shape)
+        config, shape = self.config, x_BxTxE.shape[:2]
+        _, positions_BxT, cursor = advance(state and state.cursor, segment_ids, *shape)
         if config.learned_positions:
             x_BxTxE += self.position_embedding(positions_BxT)
         if config.token_types:
-            x_BxTxE += self.type_embedding(jnp.zeros_like(tokens) if token_types is None else token_types)
+            x_BxTxE += self.type_embedding(jnp.zeros(shape, jnp.int32) if token_types is None else token_types)
         if config.embedding_norm:
             x_BxTxE = self.embedding_norm(x_BxTxE)
         if config.embedding_width:

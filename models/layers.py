@@ -45,6 +45,10 @@ class Layer(nnx.Module):
         """The state before the first token, with room for `length` tokens if it keeps them all; None: stateless."""
         return None
 
+    def with_room(self, state: Any, length: int) -> Any:
+        """A state that is full, with room for `length` tokens more if it keeps them all."""
+        return state
+
 
 class Linear(nnx.Module):
     """y = x W + b, computed in x's dtype. `weight` (in, out) is a Param or a `Weight`."""

@@ -38,9 +38,12 @@ class Quantized(Weight):
             if name == "blocks":  # of a GGUF file, where the outputs are the rows
                 own = own[::-1]
             # By position, not by column; by outlier, not by row.
-            own = {"scale_scales": ("scales",), "columns": ("outliers",), "values": ("outliers", axes[-1])}.get(
-                name, own
-            )
+            own = {
+                "scale_scales": ("scales",),
+                "book": ("book",),
+                "columns": ("outliers",),
+                "values": ("outliers", axes[-1]),
+            }.get(name, own)
             setattr(self, name, Fixed(leaf, axes=axes[:stack] + own))
 
     @property

@@ -68,6 +68,12 @@ def freeze(model: nnx.Module) -> None:
         variable.set_metadata(trainable=False)
 
 
+def unfreeze(model: nnx.Module) -> None:
+    """Undoes `freeze`."""
+    for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        variable.set_metadata(trainable=True)
+
+
 def normal(std: float) -> Initializer:
     """Normal with a fixed standard deviation."""
     return lambda key, shape: std * jax.random.normal(key, shape)

@@ -372,6 +372,7 @@ class Import:
 
     examples:
       phyla import models/Llama-3.2-1B runs/llama
+      phyla import models/adapter runs/adapted --base runs/llama
       phyla import SmolLM2-135M.gguf runs/smollm && phyla generate runs/smollm --prompt "The capital of France is"
     """
 
@@ -379,11 +380,18 @@ class Import:
     """A folder, or a .gguf or llama2.c .bin file."""
     out: Annotated[Path, Positional, arg(metavar="OUT")]
     """The run's folder: new or empty."""
+    base: Path | None = None
+    """The run whose model SOURCE adapts, if that is a LoRA or IA3 of Hugging Face's PEFT (adapter_config.json)."""
 
 
 def import_(arguments: Sequence[str]) -> None:
     """`phyla import SOURCE OUT`."""
     options = parse(Import, arguments, prog="phyla import")
+    if options.base is not None:
+        from phyla.training.peft import import_peft
+
+        import_peft(options.source, options.base, options.out)
+        return
     from phyla.training.convert import import_model
 
     import_model(options.source, options.out)
@@ -396,6 +404,7 @@ class Export:
     examples:
       phyla export runs/RUN models/mine
       phyla export runs/RUN models/mine --format mistral
+      phyla export runs/RUN-lora models/adapter --format peft
     """
 
     run: Annotated[Path, Positional, arg(metavar="RUN")]
@@ -403,12 +412,18 @@ class Export:
     out: Annotated[Path, Positional, arg(metavar="OUT")]
     """The model's folder: new or empty."""
     format: str | None = None
-    """llama, mistral, gpt2, bloom, mamba, …; None: the first that can say what the model is."""
+    """llama, mistral, gpt2, bloom, mamba, …; None: the first that can say what the model is. peft: a LoRA or IA3 run's
+    adapter alone, as Hugging Face's PEFT loads it onto the base."""
 
 
 def export(arguments: Sequence[str]) -> None:
     """`phyla export RUN OUT`."""
     options = parse(Export, arguments, prog="phyla export")
+    if options.format == "peft":
+        from phyla.training.peft import export_peft
+
+        export_peft(options.run, options.out)
+        return
     from phyla.training.convert import export_model
 
     export_model(options.run, options.out, format=options.format)

@@ -7,15 +7,19 @@ from typing import Any, Literal
 
 import grain
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 from orbax.checkpoint import checkpoint_managers
 
+from phyla.compression import entropy, huffman
 from phyla.models.errors import UserError
 from phyla.models.formats.source import Lazy
 from phyla.training.step import NOTHING, TrainState
 
 METRIC = "bits_per_byte"
+CODED = "weights.huffman"
+"""In the run's folder: arrays of its checkpoint that this does not hold."""
 
 
 class Checkpoints:
@@ -42,6 +46,7 @@ class Checkpoints:
                 checkpoint_managers.BestN(get_metric_fn=lambda metrics: metrics[METRIC], reverse=True, n=1),
             ]
         )
+        self._coded = folder / CODED
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
@@ -77,12 +82,23 @@ class Checkpoints:
         metrics = {METRIC: math.inf if bits_per_byte is None else bits_per_byte}
         self._manager.save(int(state.step), args=ocp.args.Composite(**items), metrics=metrics)
 
-    def save_params(self, params: nnx.State, frozen: nnx.State | None = None, step: int = 0) -> None:
-        """Writes a model alone: what could be trained of it, and what could not."""
+    def save_params(
+        self, params: nnx.State, frozen: nnx.State | None = None, step: int = 0, *, coded: bool = False
+    ) -> dict[str, huffman.Sizes]:
+        """Writes a model alone: what could be trained of it, and what could not.
+
+        `coded`: what has few bits, which is frozen, in Huffman codes; their sizes are returned.
+        """
+        found = {}
+        if frozen and coded:
+            of_bytes, frozen = entropy.split(frozen)
+            flat = nnx.to_flat_state(of_bytes)
+            found = huffman.write(self._coded, {_joined(path): np.asarray(leaf[...]) for path, leaf in flat})
         items = {"params": ocp.args.StandardSave(params)}
         if frozen:
             items["frozen"] = ocp.args.StandardSave(frozen)
         self._manager.save(step, args=ocp.args.Composite(**items), metrics={METRIC: math.inf})
+        return found
 
     def restore(self, step: int, abstract: TrainState, data: grain.DatasetIterator) -> tuple[TrainState, dict]:
         """The state of a step, laid out as `abstract` says (shapes, dtypes, shardings); sets `data` to its position.
@@ -107,12 +123,29 @@ class Checkpoints:
 
     def has(self, step: int, item: str) -> bool:
         """Whether a step has an item."""
-        return (self._folder / str(step) / item).is_dir()
+        coded = item == "frozen" and self._coded.exists()
+        return coded or (self._folder / str(step) / item).is_dir()
 
     def restore_params(self, step: int, abstract: nnx.State, item: Literal["params", "ema", "frozen"]) -> nnx.State:
         """One item of a step alone."""
+        if item == "frozen" and self._coded.exists():
+            return self._restore_coded(step, abstract)
         args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)})
         return self._manager.restore(step, args=args)[item]
+
+    def _restore_coded(self, step: int, abstract: nnx.State) -> nnx.State:
+        of_bytes, rest = entropy.split(abstract)
+        if rest:
+            args = ocp.args.Composite(frozen=ocp.args.StandardRestore(rest))
+            rest = self._manager.restore(step, args=args)["frozen"]
+        arrays = huffman.read(self._coded)
+        flat = nnx.to_flat_state(of_bytes)
+        found = [(path, leaf.replace(jax.device_put(arrays[_joined(path)], leaf.sharding))) for path, leaf in flat]
+        return nnx.merge_state(rest, nnx.from_flat_state(found))
+
+
+def _joined(path: tuple[Any, ...]) -> str:
+    return ".".join(map(str, path))
 
 
 def _rest(state: TrainState) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,17 @@ from rich.table import Column, Table
 
 from phyla.compression.calibrate import Moments
 from phyla.compression.compress import Measure, Step, abstract, compress, shaping
+from phyla.compression.entropy import Huffman
+from phyla.compression.huffman import Sizes
 from phyla.compression.matrices import dotted, weights
+from phyla.compression.matrices import kind_of_layer as _layer
 from phyla.compression.rule import Rule
 from phyla.models.config import ModelConfig
 from phyla.models.errors import UserError
 from phyla.models.language_model import LanguageModel
-from phyla.models.registry import LAYERS
 from phyla.models.weights import Weight, materialize
 from phyla.training import activations, plots, run
-from phyla.training.checkpoints import Checkpoints
+from phyla.training.checkpoints import CODED, Checkpoints
 from phyla.training.data.pipeline import prepare
 from phyla.training.divergence import divergences
 from phyla.training.progress import Reporter
@@ -113,7 +115,11 @@ def compress_run(
         raise UserError(f"{'+'.join(map(str, recipes))} reads no text: leave --calibration and --tokens out")
     calibration = calibration or Calibration()
     run.check_new(out)
-    before = run.read_recipes(folder)
+    if any(isinstance(recipe, Huffman) for recipe in recipes[:-1]):
+        raise UserError(
+            f"{'+'.join(map(str, recipes))}: huffman is how the run is written, hence the last; leave it out"
+        )
+    before = tuple(recipe for recipe in run.read_recipes(folder) if not isinstance(recipe, Huffman))
     abstract(run.read_experiment(folder).model, (*shaping(before), *recipes))  # refuses before anything is computed
     saved = load(folder)
     original = saved.model()
@@ -136,7 +142,8 @@ def compress_run(
     if saved.own_tokenizer is not None:
         saved.own_tokenizer.save(out / "tokenizer")
     with Checkpoints(out) as checkpoints:
-        checkpoints.save_params(*split(made)[1:], step=saved.step)
+        coded = isinstance(recipes[-1], Huffman)
+        sizes = checkpoints.save_params(*split(made)[1:], step=saved.step, coded=coded)
     rows[0]["bytes_on_disk"] = _on_disk(folder, saved.step)
     rows[-1]["bytes_on_disk"] = _on_disk(out, saved.step)
     if speed and not made.config.bidirectional:
@@ -149,9 +156,11 @@ def compress_run(
         "calibration": dataclasses.asdict(calibration) if any(each.needs_text for each in recipes) else None,
         "activations": read[0] if read else None,
         "steps": rows,
+        "huffman": {name: each._asdict() for name, each in sizes.items()} or None,
         "coverage": _coverage(made.config, steps),
         "parameters": _parameters(steps),
         "left": _left(steps),
+        "notes": [f"{step.recipe}: {step.note}" for step in steps if step.note],
         "errors": errors,
     }
     if errors:
@@ -239,29 +248,41 @@ def _on_disk(folder: Path, step: int) -> int:
     """Of a checkpoint's model alone, without the optimizer's state."""
     items = folder / "checkpoints" / str(step)
     parts = [items / ("ema" if (items / "ema").exists() else "params"), items / "frozen"]
-    return sum(path.stat().st_size for part in parts for path in part.rglob("*") if path.is_file())
+    files = [*(path for part in parts for path in part.rglob("*")), folder / CODED]
+    return sum(path.stat().st_size for path in files if path.is_file())
 
 
 def _parameters(steps: list[Step]) -> dict[str, Any]:
     """What was done to each parameter that was changed and is still there, and the bits that it takes."""
     recipes: dict[str, list[str]] = {}
     for step in steps:
-        for name in step.changed:
+        for name in _whole(steps, step.changed):
             recipes.setdefault(name, []).append(str(step.recipe))
     bits = {dotted(path): _bits(weight) for path, weight in weights(steps[-1].model).items()}
-    return {name: {"recipes": done, "bits_per_weight": bits[name]} for name, done in recipes.items() if name in bits}
+    return {name: {"recipes": done, "bits_per_weight": bits[name]} for name, done in recipes.items()}
 
 
 def _left(steps: list[Step]) -> dict[str, str]:
-    """The parameters that no step changed, and why the last one did not."""
-    changed = {name for step in steps for name in step.changed}
-    there = {dotted(path) for path in weights(steps[-1].model)} - changed
-    return {name: why for step in steps for name, why in step.left.items() if name in there}
+    """The parameters that no step changed and that are still there, and why the last one did not."""
+    changed = {name for step in steps for name in _whole(steps, step.changed)}
+    return {
+        name: why
+        for step in steps
+        for part, why in step.left.items()
+        for name in _whole(steps, [part])
+        if name not in changed
+    }
+
+
+def _whole(steps: list[Step], names: Iterable[str]) -> dict[str, None]:
+    """Of parameters, which may be parts of `Weight`s, what they belong to in the last model."""
+    whole = [dotted(path) for path in weights(steps[-1].model)]
+    return {each: None for name in names for each in whole if name == each or name.startswith(each + ".")}
 
 
 def _coverage(config: ModelConfig, steps: list[Step]) -> dict[str, dict[str, float]]:
     """For each kind of layer its parameters, the share of them that was changed, and the mean bits of one."""
-    changed = {name for step in steps for name in step.changed}
+    changed = {name for step in steps for name in _whole(steps, step.changed)}
     found: dict[str, dict[str, float]] = {}
     for path, weight in weights(steps[-1].model).items():
         count = math.prod(weight.shape)
@@ -273,21 +294,6 @@ def _coverage(config: ModelConfig, steps: list[Step]) -> dict[str, dict[str, flo
         row["changed"] /= row["parameters"]
         row["bits_per_weight"] /= row["parameters"]
     return found
-
-
-def _layer(config: ModelConfig, path: tuple[Any, ...]) -> str:
-    """The kind of layer that a parameter belongs to."""
-    kinds = {kind: name for name, kind in LAYERS.items()}
-    match path:
-        case ("periods", "blocks", int(i), "mixer" | "channel" as part, *_):
-            return kinds[type(getattr(config.pattern[i], part))]
-        case ("prefix", int(i), "mixer" | "channel" as part, *_):
-            return kinds[type(getattr(config.prefix[i], part))]
-        case (*_, "mixer_norm" | "channel_norm" | "norm" | "embedding_norm", _):
-            return "norms"
-        case (first, *_):
-            return str(first)
-    raise AssertionError(path)
 
 
 def _bits(weight: nnx.Param | Weight) -> float:
@@ -334,6 +340,11 @@ def _print(out: Path, record: dict[str, Any]) -> None:
         reasons.setdefault(why, {})[short] = None
     for why, names in reasons.items():
         console.print(f"left alone: {', '.join(names)} ({why})", markup=False, soft_wrap=True)
+    for note in record["notes"]:
+        console.print(note, markup=False, soft_wrap=True)
+    if record["huffman"]:
+        raw, coded, entropy = (sum(sizes[name] for sizes in record["huffman"].values()) for name in Sizes._fields)
+        console.print(f"huffman: {raw:,} bytes of codes in {coded:,}; their entropy is {entropy:,.0f}")
     before, after = rows[0], rows[-1]
     said = f"{before['bytes_in_memory'] / after['bytes_in_memory']:.2f} times smaller in memory"
     if "bits_per_byte" in after:

@@ -9,9 +9,12 @@ import numpy as np
 from rich.console import Console
 
 from phyla.compression.matrices import dotted, weights
+from phyla.compression.merge import is_linear
 from phyla.models import formats
+from phyla.models.errors import UserError
 from phyla.models.formats import folder as folders
 from phyla.models.formats.source import Source, load, to_state
+from phyla.models.language_model import LanguageModel
 from phyla.models.weights import materialize
 from phyla.training import run, saved
 from phyla.training.checkpoints import write_params
@@ -71,7 +74,7 @@ def export_model(folder: Path, out: Path, *, format: str | None) -> None:
         "bos_token_id": None if tokenizer is None else tokenizer.bos_id,
         "eos_token_id": None if tokenizer is None else tokenizer.eos_id,
     }
-    parameters = {dotted(path): np.asarray(jax.jit(materialize)(each)) for path, each in weights(found.model()).items()}
+    parameters = dense_parameters(found.model())
     folders.write_folder(out, layout, experiment.model, parameters, flags=flags)
     said = f"; dense, as {'+'.join(map(str, found.recipes))} left it" if found.recipes else ""
     if isinstance(tokenizer, HuggingFaceTokenizer):
@@ -79,6 +82,15 @@ def export_model(folder: Path, out: Path, *, format: str | None) -> None:
     elif tokenizer is not None:
         said += "; its tokenizer is bytes, which has no tokenizer.json"
     Console(highlight=False).print(f"{out}: {layout.name}{said}", markup=False, soft_wrap=True)
+
+
+def dense_parameters(model: LanguageModel) -> dict[str, np.ndarray]:
+    """By path; adapters are merged. Raises UserError for those that are no matrices."""
+    if model.beginning is not None or not all(map(is_linear, weights(model).values())):
+        raise UserError(
+            "this model has adapters that are no matrices (a prompt, a state, bottlenecks): export its base"
+        )
+    return {dotted(path): np.asarray(jax.jit(materialize)(each)) for path, each in weights(model).items()}
 
 
 def _write_tokenizer(out: Path, tokenizer: HuggingFaceTokenizer) -> None:

@@ -150,9 +150,15 @@ def generate(
 
     Returns:
         The drawn tokens of each prompt.
+
+    Raises UserError for prompts of different lengths to a model with a learned beginning.
     """
     generator = generator or Generator(graphdef, sampling)
     tokens, segment_ids = left_pad(prompts, width)
+    if nnx.merge(graphdef, params).beginning is not None and not segment_ids.all():
+        raise UserError(
+            "a learned beginning is of the first token, and padding is that of a shorter prompt: one a call"
+        )
     length = tokens.shape[1] + max_tokens + BLOCK
     decoder = generator.prefill(params, tokens, segment_ids, jax.random.key(seed), length=length)
     drawn = np.zeros((len(prompts), 0), np.int32)

@@ -25,7 +25,7 @@ from phyla.training.optimizer import make_optimizer, schedule
 from phyla.training.progress import Reporter
 from phyla.training.saved import make_objective
 from phyla.training.sparse import sparse
-from phyla.training.start import start
+from phyla.training.start import start, what_is_trained
 from phyla.training.step import NOTHING, Metrics, TrainState, compile_step, initial_state, make_step, split
 
 SUMMARY = "summary.json"
@@ -58,7 +58,8 @@ def train(
     tokenizer = make_tokenizer(experiment.data) if begins.base is None else begins.base.tokenizer
     experiment = run.with_vocabulary(experiment, tokenizer)
     begins = begins._replace(experiment=experiment)
-    graphdef, abstract_params, abstract_frozen = split(begins.abstract())
+    model = begins.abstract()
+    graphdef, abstract_params, abstract_frozen = split(model)
     validation = prepare(experiment.data, tokenizer, "validation")
     notes = [validation.note] if validation.note else []
     glance = prepare(experiment.data, tokenizer, "validation", config.eval_tokens) if config.eval_tokens else validation
@@ -124,6 +125,8 @@ def train(
         compiled = compile_step(step, state, batch, layout, mesh)
         sums = make_evaluate(graphdef, objective)
         reporter.note(_introduction(experiment, folder, mesh, abstract_params))
+        if said := what_is_trained(model):
+            reporter.note(f"{experiment.name}: {said}")
         log = Log(
             folder,
             begin,

@@ -4,6 +4,7 @@ config.json       the resolved experiment, its hash, the git SHA, the package ve
                   and by which recipes the model was compressed, if it was
 tokenizer/        the tokenizer
 checkpoints/      one folder a step
+weights.huffman   the codes of a compressed run's checkpoint, if they are written so
 metrics.jsonl     one line for each logged step and each validation
 summary.json      once training has ended
 compression.json  of a compressed run: what each recipe did, and what it cost

@@ -171,7 +171,7 @@ def _matrices(params: Any) -> dict[Name, nnx.Variable]:
 
     def chosen(variable: nnx.Variable) -> bool:
         said = variable.get_metadata()
-        return said["matrix"] and said["axes"][-1] != "vocab" and said["precise"] in ("", KEPT)
+        return said["matrix"] and said["axes"][-1] not in ("vocab", "kept") and said["precise"] in ("", KEPT)
 
     return {name: variable for name, variable in _variables(params) if chosen(variable)}
 

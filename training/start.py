@@ -1,15 +1,21 @@
 """What training starts from: a new model, or that of another run; with recipes applied to it."""
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 from flax import nnx
 
+from phyla.compression.adapters import targets
 from phyla.compression.compress import abstract, compress
 from phyla.compression.prune import Prune
+from phyla.compression.entropy import Huffman
+from phyla.compression.matrices import kind_of_layer
 from phyla.compression.recipes import parse
 from phyla.compression.rule import Rule
+from phyla.models import sizes
+from phyla.models.adapted import Adapter
 from phyla.models.errors import UserError
 from phyla.models.language_model import LanguageModel
 from phyla.training.config import Experiment
@@ -60,6 +66,27 @@ class Start(NamedTuple):
         return compress(model, self.own, seed=self.experiment.loop.seed)[-1].model if self.own else model
 
 
+def what_is_trained(model: LanguageModel) -> str:
+    """How many parameters are trained if not all are; with adapters, for each kind of layer how much of it has one.
+
+    The share is that of its matrices' numbers.
+    """
+    _, params, frozen = split(model)
+    if not frozen:
+        return ""
+    trained = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    said = f"trains {trained:,} numbers beside {sizes.count(model.config):,}"
+    shares: dict[str, list[int]] = {}
+    for target in targets(model):
+        size = math.prod(target.held.shape)
+        row = shares.setdefault(kind_of_layer(model.config, target.path), [0, 0])
+        row[0] += size * isinstance(target.held, Adapter)
+        row[1] += size
+    if any(covered for covered, _ in shares.values()):
+        said += "; has an adapter on " + ", ".join(f"{100 * a / b:.3g} % of {kind}" for kind, (a, b) in shares.items())
+    return said
+
+
 def start(experiment: Experiment) -> Start:
     """Of an experiment.
 
@@ -67,9 +94,16 @@ def start(experiment: Experiment) -> Start:
     """
     own = parse(experiment.recipes) if experiment.recipes else ()
     for rule in own:
+        if isinstance(rule, Huffman):
+            raise UserError(f"{rule} is how a run is written by phyla compress: leave it out")
         if rule.needs_text or rule.reshapes:
             why = "reads text" if rule.needs_text else "makes another model"
             raise UserError(f"{rule} {why}: make a run of it first, with phyla compress, and train on from that")
+    adapters = [rule for rule in own if rule.keeps_base]
+    if len(adapters) > 1:
+        raise UserError(
+            f"{adapters[-1]} would freeze what {adapters[0]} learns: train one, then the other from its run"
+        )
     if experiment.base is None:
         return Start(experiment, None, own)
     base = load(Path(experiment.base))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from phyla.kernels.arguments import align
 from phyla.kernels.dispatch import resolve
 from phyla.kernels.quantized_matmul import gpu, reference, tpu, xla
+from phyla.kernels.quantized_matmul.codebook import Codebook
 from phyla.kernels.quantized_matmul.codes import (
     Codes,
     Int2,
@@ -39,6 +40,7 @@ from phyla.kernels.quantized_matmul.nf4 import NF4, quantize_nf4
 
 __all__ = [
     "NF4",
+    "Codebook",
     "Codes",
     "Float8",
     "Format",

@@ -25,9 +25,10 @@ def pack(codes: jax.Array, bits: int = 4) -> jax.Array:
     """Integers [K, N], of which the lowest bits count, to uint8 [packed_rows(K), N]; zeros after the end."""
     codes = jnp.pad(codes, ((0, -len(codes) % unit(bits)), (0, 0))).astype(jnp.uint8)
     if low := _low(bits):
-        N = codes.shape[1]
-        parts = pack(codes, low).reshape(-1, low, N), pack(codes >> low, bits - low).reshape(-1, bits - low, N)
-        return jnp.concatenate(parts, 1).reshape(-1, N)
+        N, rows = codes.shape[1], unit(bits)
+        parts = pack(codes, low), pack(codes >> low, bits - low)
+        of_units = [part.reshape(-1, rows * of // 8, N) for part, of in zip(parts, (low, bits - low), strict=True)]
+        return jnp.concatenate(of_units, 1).reshape(-1, N)
     codes = (codes & (1 << bits) - 1).reshape(-1, 8 // bits, codes.shape[1])
     packed = codes[:, 0]
     for i in range(1, 8 // bits):
@@ -39,9 +40,10 @@ def unpack(packed: jax.Array, bits: int = 4) -> jax.Array:
     """Uint8 of whole units of rows to uint8 [K, N], values 0 … 2^bits - 1."""
     N = packed.shape[1]
     if low := _low(bits):
-        of_units = packed.reshape(-1, bits, N)
-        high = unpack(of_units[:, low:].reshape(-1, N), bits - low)
-        return unpack(of_units[:, :low].reshape(-1, N), low) | high << low
+        rows = unit(bits)
+        of_units = packed.reshape(-1, rows * bits // 8, N)
+        first, others = of_units[:, : rows * low // 8], of_units[:, rows * low // 8 :]
+        return unpack(first.reshape(-1, N), low) | unpack(others.reshape(-1, N), bits - low) << low
     shifted = [packed >> first if first else packed for first in range(0, 8, bits)]
     masked = [*(each & (1 << bits) - 1 for each in shifted[:-1]), shifted[-1]]
     return jnp.stack(masked, 1).reshape(-1, N)

@@ -10,6 +10,7 @@ import numpy as np
 
 from phyla.kernels.arguments import align
 from phyla.kernels.dispatch import platform
+from phyla.kernels.quantized_matmul.codebook import Codebook
 from phyla.kernels.quantized_matmul.codes import Codes
 from phyla.kernels.quantized_matmul.formats import (
     Channels,
@@ -97,6 +98,8 @@ class _Blocks:
         w, group = self.w, self.group
         if isinstance(w, Channels):
             return jax.lax.dynamic_slice_in_dim(w.codes, start, rows), None
+        if isinstance(w, Codebook):
+            return w.cut(start, rows), None
         if isinstance(w, Ggml):
             return w.cut(start, rows).T, None
         assert isinstance(w, Codes | NF4)

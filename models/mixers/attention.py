@@ -129,6 +129,18 @@ class Attention(Layer):
             cursor=start(batch),
         )
 
+    def with_room(self, state: Cache, length: int) -> Cache:
+        """The cache with free slots for `length` tokens more, or as many as the window has: see `_extend`."""
+        window, slots = self.config.window, len(state.token)
+        more = length if window is None else max(0, min(slots + length, window) - slots)
+        at = (0, more) if window is None else (more, 0)
+
+        def pad(leaf: jax.Array, axis: int, value: int = 0) -> jax.Array:
+            return jnp.pad(leaf, [at if i == axis else (0, 0) for i in range(leaf.ndim)], constant_values=value)
+
+        k, v, began, token = pad(state.k, 1), pad(state.v, 1), pad(state.began, 1), pad(state.token, 0, -1)
+        return state._replace(k=k, v=v, began=began, token=token)
+
     def __call__(
         self, x: jax.Array, state: Cache | None = None, segment_ids: jax.Array | None = None
     ) -> tuple[jax.Array, Cache | None]:
