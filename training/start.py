@@ -9,9 +9,9 @@ from flax import nnx
 
 from phyla.compression.adapters import targets
 from phyla.compression.compress import abstract, compress
-from phyla.compression.prune import Prune
 from phyla.compression.entropy import Huffman
 from phyla.compression.matrices import kind_of_layer
+from phyla.compression.prune import Prune
 from phyla.compression.recipes import parse
 from phyla.compression.rule import Rule
 from phyla.models import sizes
