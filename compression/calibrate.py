@@ -145,8 +145,8 @@ def moments(model: LanguageModel, batches: Iterable[tuple[jax.Array, jax.Array]]
         squares: whether second moments are kept, K numbers for each of the others.
     """
     model = nnx.clone(model)
-    for path, value in _recordable(model).items():
-        matrices.replace(model, path, Recorded(value, squares))
+    paths = _recordable(model).items()
+    asked = {matrices.replace(model, path, Recorded(value, squares)): path for path, value in paths}
     graphdef, at, rest = nnx.split(model, Told, ...)
 
     @jax.jit
@@ -159,7 +159,7 @@ def moments(model: LanguageModel, batches: Iterable[tuple[jax.Array, jax.Array]]
     total = at
     for tokens, segment_ids in batches:
         total = add(total, rest, tokens, segment_ids)
-    return _taken({path[:-1]: value[...] for path, value in nnx.to_flat_state(total)})
+    return _taken({asked[path[:-1]]: value[...] for path, value in nnx.to_flat_state(total)})
 
 
 def _joined(total: jax.Array, new: jax.Array) -> jax.Array:

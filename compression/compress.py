@@ -116,6 +116,8 @@ def _apply(model: LanguageModel, recipe: Rule, rules: Sequence[Rule], moments: A
 
 def _reason(recipe: Rule, everything: list[matrices.Place], left: dict[str, str]) -> str:
     if not any(place.kind for place in everything):
+        if kept := [place.name for place in everything if place.path[-1] == "body"]:
+            return f"{kept[0]} stays as it is ({left[kept[0]]})"
         return "every matrix is quantized already (prune before you quantize)"
     found = [place for place in everything if re.search(recipe.only, place.name)]
     if found:

@@ -12,6 +12,7 @@ import jax
 from flax import nnx
 
 from phyla.models.config import ModelConfig
+from phyla.models.fake import FakeQuantized
 from phyla.models.language_model import LanguageModel
 from phyla.models.registry import LAYERS
 from phyla.models.weights import Weight
@@ -46,16 +47,25 @@ def weights(model: LanguageModel) -> dict[tuple[Any, ...], nnx.Param | Weight]:
     return {path: held for path, held in found.items() if not any(path[:i] in compressed for i in range(len(path)))}
 
 
-def replace(model: LanguageModel, path: tuple[Any, ...], value: nnx.Param | nnx.Module) -> None:
-    """Puts another object at a path."""
-    *holders, last = path
-    holder: Any = model
-    for name in holders:
-        holder = holder[name] if isinstance(name, int) else getattr(holder, name)
+def replace(model: LanguageModel, path: tuple[Any, ...], value: nnx.Param | nnx.Module) -> tuple[Any, ...]:
+    """Puts another object at a path, or in place of the `FakeQuantized` whose body is there; returns where it is."""
+    if isinstance(holder(model, path), FakeQuantized):
+        path = path[:-1]
+    *_, last = path
+    of: Any = holder(model, path)
     if isinstance(last, int):
-        holder[last] = value
+        of[last] = value
     else:
-        setattr(holder, last, value)
+        setattr(of, last, value)
+    return path
+
+
+def holder(model: LanguageModel, path: tuple[Any, ...]) -> Any:
+    """What has the object at a path."""
+    found: Any = model
+    for name in path[:-1]:
+        found = found[name] if isinstance(name, int) else getattr(found, name)
+    return found
 
 
 def part(of: nnx.Param, value: jax.Array, axes: tuple[str, ...]) -> nnx.Param:
@@ -87,10 +97,12 @@ def kind_of_layer(config: ModelConfig, path: tuple[Any, ...]) -> str:
 def _place(path: tuple[Any, ...], variable: nnx.Param) -> Place:
     metadata = variable.get_metadata()
     axes, kind, left = metadata["axes"], None, metadata["precise"]
-    if metadata["matrix"] and not left:
+    if left:
+        return Place(path, variable, axes, kind, left)
+    if metadata["matrix"]:
         kind = "head" if axes[-1] == "vocab" else "values" if axes[-1] == "kept" else "matrix"
     elif axes == ("vocab", "embed"):
         kind = "table"
-    elif not metadata["matrix"]:
+    else:
         left = "no matrix"
     return Place(path, variable, axes, kind, left)

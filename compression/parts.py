@@ -3,6 +3,8 @@
 A layer is a path, and its units are `phyla.compression.units.Units`; values and moments are by path.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -25,6 +27,39 @@ def importance(path: Path, units: Units, values: Arrays, moments: Arrays) -> jax
         use = jnp.trace(moment, axis1=-2, axis2=-1)  # Σ |x|² over its tokens
         found = jnp.where(jnp.any(use > 0), use, found)
     return found
+
+
+def shrunk(path: Path, units: Units, values: Arrays, threshold: jax.Array | float) -> Arrays:
+    """The proximal step of a group lasso: where a unit adds nothing if it is zero (`judged`), it comes nearer to it.
+
+    Its weights there, n in all pieces together, are multiplied by max(0, 1 - threshold √n / their norm) (Yuan and Lin
+    2006). Returns the parameters that change; one that is no array (a rounded one) takes no part.
+    """
+    pieces = [piece for piece in units.judged if _at(path, piece.parameter) in values]
+    square, count = jnp.float32(0), 0
+    for piece in pieces:
+        parts = _parts(values[_at(path, piece.parameter)], path, units, piece)
+        lead = _lead(path, units)
+        square += jnp.sum(jnp.square(parts), axis=tuple(range(lead + 1, parts.ndim)))
+        count += math.prod(parts.shape[lead + 1 :])
+    norm = jnp.sqrt(square)
+    factor = jnp.maximum(0, 1 - threshold * math.sqrt(count) / jnp.where(norm > 0, norm, 1))
+    found: Arrays = {}
+    for piece in pieces:
+        at = _at(path, piece.parameter)
+        w = found.get(at, values[at])
+        index = _index(units, piece, jnp.arange(units.count))
+        of_entries = jnp.repeat(factor, len(index) // units.count, axis=-1)
+        whole = jnp.ones((*factor.shape[:-1], w.shape[piece.axis])).at[..., index].set(of_entries)
+        found[at] = w * _along(whole, w.ndim, piece.axis)
+    return found
+
+
+def _along(factors: jax.Array, ndim: int, axis: int) -> jax.Array:
+    """[..., n] with the last dimension where `axis` says, of `ndim` in all."""
+    *stack, n = factors.shape
+    between = ndim + axis - len(stack)
+    return factors.reshape(*stack, *(1,) * between, n, *(1,) * (-axis - 1))
 
 
 def _size(path: Path, units: Units, piece: Piece, values: Arrays, moments: Arrays) -> jax.Array:

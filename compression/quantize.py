@@ -22,6 +22,7 @@ from phyla.kernels.quantized_matmul import (
     quantize_ggml,
     quantize_int8,
     quantize_nf4,
+    quantize_ternary,
 )
 from phyla.kernels.quantized_matmul.ggml import KINDS, fitting
 from phyla.kernels.quantized_matmul.packing import pack, unit
@@ -42,7 +43,7 @@ Blocks = Literal["q8_0", "q6_k", "q5_0", "q4_k", "q4_1", "q4_0", "q2_k"]
 class Quantize(Rule):
     """Rounds every matrix and every table of the vocabulary."""
 
-    format: Whole | Literal["nf4", "float8"] | Blocks
+    format: Whole | Literal["nf4", "float8", "ternary"] | Blocks
     group: int | None = None
     """Inputs that share a scale, for integers; None: all of an output channel. Other formats have their own blocks."""
     tensor: bool = False
@@ -93,7 +94,7 @@ class Quantize(Rule):
 
 
 def _named(found: re.Match, only: str) -> Quantize:
-    parts = re.fullmatch(r"(gptq-)?([a-z]+\d\w*)(-tensor)?(?:-g(\d+))?(-asym)?(-mse)?", found[0])
+    parts = re.fullmatch(r"(gptq-)?(ternary|[a-z]+\d\w*)(-tensor)?(?:-g(\d+))?(-asym)?(-mse)?", found[0])
     assert parts is not None
     gptq, format_, tensor, group, asymmetric, mse = parts.groups()
     named: Any = format_
@@ -118,6 +119,7 @@ METHODS = {
         ("int4-g64-asym", INTEGER + SCALES + "-asym", "from the least to the greatest value, with a zero point"),
         ("int4-g64-mse", INTEGER + SCALES + "(?:-asym)?-mse", "a range clipped for the least squared error"),
         ("nf4", "nf4", "16 quantiles of the normal distribution in blocks of 64, whose scales have 8 bits (QLoRA)"),
+        ("ternary", "ternary", "-1, 0 and 1 times the mean magnitude of the matrix (BitNet b1.58), codes of 2 bits"),
         ("float8", "float8", "floats of 8 bits (e4m3), a scale for each output channel"),
         (
             "gptq-int4-g128",
@@ -128,6 +130,12 @@ METHODS = {
     )
 }
 """See `phyla.compression.recipes`."""
+
+
+def named(name: str) -> Quantize:
+    """The recipe of a name that one of the methods here has."""
+    found = next(filter(None, (re.fullmatch(method.pattern, name) for method in METHODS.values())))
+    return _named(found, "")
 
 
 def quantize(model: LanguageModel, chosen: list[matrices.Place], recipe: Quantize, moments: Moments) -> dict[str, str]:
@@ -174,15 +182,18 @@ def rounded(w: jax.Array, recipe: Quantize, moment: jax.Array | None) -> Format:
 @jax.jit(static_argnums=1)
 def round_to_nearest(w: jax.Array, recipe: Quantize) -> Format:
     """Every matrix [K, N] of w [..., K, N] by itself, one after another."""
-    return each(functools.partial(_nearest, recipe), w)
+    return each(functools.partial(nearest, recipe), w)
 
 
-def _nearest(recipe: Quantize, w: jax.Array) -> Format:
+def nearest(recipe: Quantize, w: jax.Array) -> Format:
+    """One matrix [K, N], to nearest."""
     match recipe.format:
         case "nf4":
             return quantize_nf4(w)
         case "float8":
             return quantize_float8(w, tensor=recipe.tensor)
+        case "ternary":
+            return quantize_ternary(w)
         case "int8" if recipe.group is None and not (recipe.asymmetric or recipe.mse):
             return quantize_int8(w, tensor=recipe.tensor)
         case "int8" | "int4" | "int3" | "int2":
@@ -198,7 +209,7 @@ def round_with_feedback(w: jax.Array, moment: jax.Array, recipe: Quantize) -> Fo
     """The scales of `round_to_nearest`, the codes of `gptq`, for each matrix [K, N] of w and its moments [K, K]."""
 
     def one(w: jax.Array, moment: jax.Array) -> Format:
-        match held := _nearest(recipe, w):
+        match held := nearest(recipe, w):
             case Int8():
                 step = jnp.broadcast_to(held.scale, w.shape)
                 return dataclasses.replace(held, codes=gptq(w, moment, step, -127, 127).astype(jnp.int8))

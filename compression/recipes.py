@@ -20,6 +20,7 @@ from phyla.compression import (
     mixed,
     pack,
     prune,
+    qat,
     quantize,
     rotate,
     structure,
@@ -29,6 +30,7 @@ from phyla.models.errors import choose
 
 MODULES = (
     quantize,
+    qat,
     mixed,
     awq,
     activations,

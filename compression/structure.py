@@ -148,7 +148,7 @@ class Site(NamedTuple):
 def _sites(recipe: PruneUnits, config: ModelConfig, chosen: list[Path]) -> tuple[list[Site], dict[Path, str]]:
     """The layers that shrink, and why others that could have such units do not."""
     sites, tied, never, reasons = [], {}, {}, {}
-    for path, layer in _layers(config):
+    for path, layer in layers(config):
         find = UNITS[recipe.what].get(type(layer))
         if find is None:
             continue
@@ -187,7 +187,7 @@ def _refuse(recipe: PruneUnits, config: ModelConfig, reasons: dict[Path, str]) -
     if reasons:
         path, why = next(iter(reasons.items()))
         why = f"{matrices.dotted(path)}: {why}"
-    elif any(type(layer) in UNITS[recipe.what] for _, layer in _layers(config)):
+    elif any(type(layer) in UNITS[recipe.what] for _, layer in layers(config)):
         why = f"'{recipe.only}' is in no path of a layer with {recipe.what}"
     else:
         why = f"it has no {recipe.what}"
@@ -199,7 +199,7 @@ def _fitting(config: ModelConfig) -> str:
     fits = [
         f"prune-{what}-50%"
         for what, kinds in UNITS.items()
-        if any(type(layer) in kinds and _some(kinds[type(layer)](layer, config, half)) for _, layer in _layers(config))
+        if any(type(layer) in kinds and _some(kinds[type(layer)](layer, config, half)) for _, layer in layers(config))
     ]
     return f"what fits: {', '.join([*fits, 'prune-layers-50%'])}"
 
@@ -208,7 +208,8 @@ def _some(found: tuple[Units, ...] | str) -> bool:
     return not isinstance(found, str) and found[0].count > found[0].buckets
 
 
-def _layers(config: ModelConfig) -> Iterator[tuple[Path, LayerConfig]]:
+def layers(config: ModelConfig) -> Iterator[tuple[Path, LayerConfig]]:
+    """Every mixer and channel mixer of the configuration, by its path in the model."""
     for at, blocks in ((("prefix",), config.prefix), (("periods", "blocks"), config.pattern)):
         for i, block in enumerate(blocks):
             for part in ("mixer", "channel"):

@@ -69,6 +69,12 @@ again.
 examples:
   phyla finetune runs/RUN --data.source "letters/*.txt" --optimizer.learning-rate 3e-4 --loop.steps 200
   phyla finetune runs/RUN-int8 --data.source "letters/*.txt" --out runs/letters
+
+What a recipe such as magnitude-2:4 set to zero, in RUN or here, stays exactly zero (--no-sparsity.hold trains it). So
+pruning, retraining and rounding are a chain of runs, each of which goes on where it was interrupted:
+  phyla finetune runs/RUN magnitude-2:4 --out runs/sparse
+  phyla finetune runs/sparse qat-int4 --out runs/sparse-qat
+  phyla compress runs/sparse-qat int4 --out runs/small
 """
 
 
@@ -96,7 +102,9 @@ def finetune_arguments(arguments: Sequence[str]) -> "Training":
     base = str(Path(folder))
     experiment = replace(before, name=f"{before.name}-finetuned", base=base, recipes=recipes)
     description = f"Trains on from {folder}. The fields of its experiment that can be changed, and their values:"
-    return _training(experiment, ["data", "optimizer", "loop", "mesh"], rest, f"phyla finetune {folder}", description)
+    return _training(
+        experiment, ["data", "optimizer", "sparsity", "loop", "mesh"], rest, f"phyla finetune {folder}", description
+    )
 
 
 DISTILL_HELP = """\

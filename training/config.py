@@ -53,6 +53,47 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SparsityConfig:
+    """Which weights become exactly zero while training, and stay so; of the matrices that `phyla compress` prunes."""
+
+    hold: bool = True
+    """Of a model that was pruned before (by a recipe, or by training with this section), zeros stay zeros."""
+    final: float = 0.0
+    """Share of each matrix that is zero in the end; 0: none."""
+    method: Literal["magnitude", "rigl"] = "magnitude"
+    """The smallest go one after another, 1 - (1 - progress)³ of the final share; or all at once, the largest of the
+    first weights staying, and then the smallest are exchanged for those with the largest gradients (RigL)."""
+    begin: float = 0.1
+    """Share of the steps after which it begins."""
+    end: float = 0.75
+    """Share of the steps after which nothing changes any more."""
+    every: int = 20
+    """Steps between changes."""
+    swapped: float = 0.3
+    """Of RigL: the share of the weights exchanged at first; it falls to 0 as a cosine."""
+    l1: float = 0.0
+    """Each step brings weights nearer to 0 by this times the learning rate (as weight decay: no part of the loss)."""
+    group_lasso: float = 0.0
+    """The same of each group as a whole, its norm by this times the learning rate and the root of its size."""
+    groups: Literal["heads", "neurons", "experts", "channels", "states"] = "neurons"
+    """What a group is: the weights through which a unit, as `prune-neurons-25%` takes it out, adds anything."""
+
+    def __post_init__(self):
+        at_least("sparsity", self, final=0, begin=0, every=1, swapped=0, l1=0, group_lasso=0)
+        if self.final >= 1:
+            raise UserError(f"sparsity.final is a share below 1, not {self.final}")
+        if not self.begin <= self.end <= 1:
+            raise UserError(f"sparsity.end must be from sparsity.begin {self.begin} to 1, not {self.end}")
+        if self.swapped > 1:
+            raise UserError(f"sparsity.swapped is a share, not {self.swapped}")
+
+    @property
+    def makes_zeros(self) -> bool:
+        """Whether it makes any that were not there."""
+        return self.final > 0 or self.l1 > 0 or self.group_lasso > 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoopConfig:
     """How long, how often, from which seed."""
 
@@ -178,6 +219,7 @@ class Experiment:
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
@@ -186,3 +228,5 @@ class Experiment:
             raise UserError("a bidirectional model sees the next token: objective must be masked-token")
         if self.objective == "masked-token" and self.data.template is not None:
             raise UserError("conversations (data.template) are learned with the objective next-token")
+        if self.sparsity.makes_zeros and self.loop.ema:
+            raise UserError("an average of weights has not the zeros that sparsity makes: loop.ema must be 0")

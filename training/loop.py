@@ -21,9 +21,10 @@ from phyla.training.data.pipeline import Packed, prepare, train_iterator
 from phyla.training.distillation import make_distillation
 from phyla.training.evaluate import Score, make_evaluate, score
 from phyla.training.log import Log
-from phyla.training.optimizer import make_optimizer
+from phyla.training.optimizer import make_optimizer, schedule
 from phyla.training.progress import Reporter
 from phyla.training.saved import make_objective
+from phyla.training.sparse import sparse
 from phyla.training.start import start, what_is_trained
 from phyla.training.step import NOTHING, Metrics, TrainState, compile_step, initial_state, make_step, split
 
@@ -84,7 +85,14 @@ def train(
     if (folder / SUMMARY).exists():
         return json.loads((folder / SUMMARY).read_text())
     tokenizer.save(folder / "tokenizer")
-    optimizer = make_optimizer(experiment.optimizer, config.steps, (abstract_params, own))
+    optimizer = sparse(
+        make_optimizer(experiment.optimizer, config.steps, (abstract_params, own)),
+        experiment.sparsity,
+        steps=config.steps,
+        rate=schedule(experiment.optimizer, config.steps),
+        model=experiment.model,
+        pruned=begins.pruned,
+    )
 
     def init(params: nnx.State, own: nnx.State) -> TrainState:
         return initial_state(params, optimizer, config, own)

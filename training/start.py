@@ -13,6 +13,7 @@ from phyla.compression.adapters import targets
 from phyla.compression.compress import abstract, compress
 from phyla.compression.entropy import Huffman
 from phyla.compression.matrices import kind_of_layer
+from phyla.compression.prune import Prune
 from phyla.compression.recipes import parse
 from phyla.compression.rule import Rule
 from phyla.models import sizes
@@ -62,6 +63,12 @@ class Start(NamedTuple):
                 f"with {found.vocab_size} ids, not {known['kind']} with {known['vocab_size']}, or of another text"
             )
         return found
+
+    @property
+    def pruned(self) -> bool:
+        """Whether zeros of it are no accident."""
+        before = self.base is not None and self.base.experiment.sparsity.makes_zeros
+        return before or any(isinstance(rule, Prune) for rule in self.recipes)
 
     def abstract(self) -> LanguageModel:
         """With shapes in place of arrays."""

@@ -22,6 +22,7 @@ from phyla.kernels.quantized_matmul.codes import (
     quantize_int2,
     quantize_int3,
     quantize_int4,
+    quantize_ternary,
 )
 from phyla.kernels.quantized_matmul.formats import (
     Float8,
@@ -60,6 +61,7 @@ __all__ = [
     "quantize_llm_int8",
     "quantize_nf4",
     "quantize_outliers",
+    "quantize_ternary",
     "quantized_matmul",
 ]
 

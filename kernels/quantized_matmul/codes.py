@@ -175,3 +175,13 @@ def quantize_codes(
 quantize_int4 = functools.partial(quantize_codes, bits=4)
 quantize_int3 = functools.partial(quantize_codes, bits=3)
 quantize_int2 = functools.partial(quantize_codes, bits=2)
+
+
+def quantize_ternary(w: jax.Array) -> Int2:
+    """Round w [K, N] / γ to nearest of -1, 0 and 1, with γ = ⟨|w|⟩ of the whole matrix.
+
+    BitNet b1.58: Ma et al. 2024 (arXiv 2402.17764, equations 1 to 3).
+    """
+    scale, rows = nonzero(jnp.mean(jnp.abs(w.astype(jnp.float32)))), unit(2)
+    codes = jnp.clip(jnp.round(w / scale), -1, 1).astype(jnp.int8)
+    return Int2(codes=pack(codes, 2), scale=scale, rows=len(w), group=len(w) + -len(w) % rows)
