@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,8 @@ def built(family: str) -> LanguageModel:
 
 def disturbed(model: LanguageModel, *what) -> LanguageModel:
     rng = np.random.default_rng(0)
-    for _, variable in nnx.to_flat_state(nnx.state(model, *what)):
+    state: Any = nnx.state(model, *what)
+    for _, variable in nnx.to_flat_state(state):
         variable[...] = np.asarray(variable[...]) + 0.1 * rng.standard_normal(variable.shape, np.float32)
     return model
 
@@ -184,7 +186,7 @@ def one(name: str, *, experts: int = 0, seed: int = 0):
     shape = (experts, K, N) if experts else (K, N)
     axes = ("experts", "embed", "mlp")[0 if experts else 1 :]
     dense = parameter(lambda *_: jnp.asarray(rng.standard_normal(shape), jnp.float32), shape, axes, nnx.Rngs(0))
-    (rule,) = parse(name)
+    rule: Any = parse(name)[0]
     target = Target(("weight",), dense, axes, True, True)
     weight = rule.wrap(target, jax.random.key(0))
     W = np.asarray(dense[...], np.float64)
@@ -218,7 +220,7 @@ def test_against_float64(name):
     weight, W, begin = one(name)
     V = expected(weight, W, begin)
     x, g = np.random.default_rng(1).standard_normal((2, 4, K)), np.random.default_rng(2).standard_normal((4, N))
-    close = {"rtol": 1e-4, "atol": 1e-4}
+    close: Any = {"rtol": 1e-4, "atol": 1e-4}
     np.testing.assert_allclose(weight.matmul(jnp.asarray(x, jnp.float32)), x @ V, **close)
     np.testing.assert_allclose(materialize(weight), V, **close)
     rows = np.array([[3, 3], [0, 23]])

@@ -3,10 +3,12 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from phyla.cli import main
 from phyla.compression.compress import compress
@@ -45,7 +47,7 @@ def test_only_the_adapter_is_saved(trained, lora):
     items = lora / "checkpoints" / "4"
     assert not (items / "frozen").exists()
     model, base = load(lora).model(), load(trained).model()
-    held = [each for each in weights(model).values() if isinstance(each, Adapter)]
+    held: Any = [each for each in weights(model).values() if isinstance(each, Adapter)]
     assert held
     numbers = sum(each.A.size + each.B.size for each in held)
     saved = json.loads((items / "params" / "_METADATA").read_text())["tree_metadata"]
@@ -53,7 +55,8 @@ def test_only_the_adapter_is_saved(trained, lora):
     whole = size(trained / "checkpoints" / "40" / "params")
     assert size(items / "params") < whole - 4 * (sum(x.size for x in jax.tree.leaves(base)) - 8 * numbers)
     for path, each in weights(base).items():
-        mine = weights(model)[path]
+        mine: Any = weights(model)[path]
+        assert isinstance(each, nnx.Param)
         np.testing.assert_array_equal(mine.body[...] if isinstance(mine, Adapter) else mine[...], each[...])
     assert bits(lora) < json.loads((trained / "summary.json").read_text())["bits_per_byte"]
 

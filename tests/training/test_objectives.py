@@ -117,9 +117,9 @@ def test_masked_tokens_are_hidden_and_only_they_are_predicted():
     shown = []
 
     class Recorder(LanguageModel):
-        def forward(self, tokens, state=None, segment_ids=None, token_types=None):
+        def forward(self, tokens, state=None, segment_ids=None, token_types=None, *, layers=False):
             shown.append(tokens)
-            return super().forward(tokens, state, segment_ids, token_types)
+            return super().forward(tokens, state, segment_ids, token_types, layers=layers)
 
     model = Recorder(ENCODER, nnx.Rngs(0))
     tokens = jnp.full((64, 401), 3)
