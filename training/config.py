@@ -162,7 +162,7 @@ class DistillationConfig:
     """Weight of the right tokens' cross-entropy, which is all that training without a teacher minimises."""
     divergence: Literal["forward-kl", "reverse-kl", "jensen-shannon"] = "forward-kl"
     """KL(teacher, student), KL(student, teacher), or the mean of both from the mixture of the two."""
-    temperature: float = 2.0
+    temperature: float = 1.0
     """T, by which the logits of both are divided for the divergence."""
     top_k: int | None = None
     """Of the teacher's distribution only the k likeliest tokens, and all others together as one; None: all."""
@@ -192,11 +192,11 @@ class DistillationConfig:
 
 DISTILLATIONS = {
     "logits": DistillationConfig(),
-    "distilbert": DistillationConfig(soft=5.0, hard=2.0, cosine=1.0, copy=True),
+    "distilbert": DistillationConfig(soft=5.0, hard=2.0, temperature=2.0, cosine=1.0, copy=True),
     "hidden": DistillationConfig(hidden=1.0, embedding=1.0),
     "mamba-in-llama": DistillationConfig(copy=True),
     "mohawk-blocks": DistillationConfig(soft=0.0, hard=0.0, blocks=1.0, copy=True),
-    "mohawk-logits": DistillationConfig(soft=1.0, hard=0.0, temperature=1.0, copy=True),
+    "mohawk-logits": DistillationConfig(soft=1.0, hard=0.0, copy=True),
 }
 """Recipes by name: for each its published ingredients (docs/distillation.md)."""
 
