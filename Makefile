@@ -31,7 +31,7 @@ test-all: setup
 	.venv/bin/python -m pytest -n 2 -m ''
 
 compare: setup
-	.venv/bin/phyla compare
+	.venv/bin/phyla compare --compress int8 nf4 gptq-int4
 
 clean:
 	rm -rf .venv .cache .hypothesis .pytest_cache .ruff_cache build phyla.egg-info

@@ -297,4 +297,10 @@ def _compress(experiment: Experiment, recipe: str, out: Path) -> None:
         return
     if folder.exists():
         shutil.rmtree(folder)
-    compress_run(out / f"{experiment.name}-seed0", parse(recipe), folder, speed=True)
+    compress_run(
+        out / f"{experiment.name}-seed0",
+        parse(recipe),
+        folder,
+        speed=True,
+        validation_tokens=experiment.loop.eval_tokens,
+    )

@@ -93,6 +93,7 @@ def compress_run(
     *,
     calibration: Calibration | None = None,
     speed: bool = False,
+    validation_tokens: int | None = None,
     json: Path | None = None,
 ) -> dict[str, Any]:
     """Applies recipes to a run's last checkpoint and writes the result as another run, with a table of what it cost.
@@ -103,6 +104,7 @@ def compress_run(
         out: a new or empty folder.
         calibration: what recipes read that need text; None: the default.
         speed: whether prefill and decoding are timed, of the model before and after.
+        validation_tokens: of the validation text at most so many are read; None: all.
         json: where the figures go; None: compression.json in `out`.
 
     Returns:
@@ -134,7 +136,7 @@ def compress_run(
     steps = compress(original, recipes, calibrate)
     rows = [{"recipe": None} | dataclasses.asdict(size(original))]
     rows += [{"recipe": str(step.recipe)} | dataclasses.asdict(size(step.model)) for step in steps]
-    _compare(saved, [original, *(step.model for step in steps)], rows)
+    _compare(saved, [original, *(step.model for step in steps)], rows, validation_tokens)
     made = steps[-1].model
     done = (*before, *(rule for step in steps for rule in step.rules))
     experiment = dataclasses.replace(saved.experiment, model=made.config, base=None, recipes="")
@@ -198,11 +200,11 @@ def _measured(saved: Saved, calibration: Calibration, model: LanguageModel, meas
         return jax.block_until_ready(measure(model, batches()))
 
 
-def _compare(saved: Saved, models: list[LanguageModel], rows: list[dict[str, Any]]) -> None:
+def _compare(saved: Saved, models: list[LanguageModel], rows: list[dict[str, Any]], max_tokens: int | None) -> None:
     """Puts into each row how its model does on the run's validation text; a run without a tokenizer reads none."""
     if saved.own_tokenizer is None:
         return
-    packed = prepare(saved.experiment.data, saved.tokenizer, "validation")
+    packed = prepare(saved.experiment.data, saved.tokenizer, "validation", max_tokens)
     loop = saved.experiment.loop
     ask = make_asker(saved.experiment, saved.tokenizer.mask_id)
     options: dict[str, Any] = {"batch_size": loop.batch_size, "chunk": loop.loss_chunk, "mesh": saved.mesh}
