@@ -299,8 +299,8 @@ def _compressed(results: Results) -> list[Block]:
         return []
     caption = (
         "Validation bits per byte of the first seed of each architecture, as trained (filled) and compressed (open), "
-        "against the bytes of its weights and against decoding speed; the dashed line is the Pareto front. Losses are of "
-        "that part of the text which the learning curves are of."
+        "against the bytes of its weights and against decoding speed; the dashed line is the Pareto front. "
+        "Losses are of that part of the text which the learning curves are of."
     )
     return [compressed_table(results), Plot("compressed", plots.pareto(results.compressed), caption)]
 
