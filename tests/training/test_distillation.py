@@ -427,7 +427,7 @@ def test_every_recipe_is_explained(capsys):
     assert main(["distill", "--help"]) == 0
     shown = capsys.readouterr().out
     assert all(f"\n  {name} " in shown for name in DISTILLATIONS)
-    assert "distilbert      soft 5.0, hard 2.0, cosine 1.0, copy True" in shown
+    assert "distilbert      soft 5.0, hard 2.0, temperature 2.0, cosine 1.0, copy True" in shown
 
 
 def test_a_copied_teacher_is_where_the_student_begins(trained, tmp_path, capsys):
