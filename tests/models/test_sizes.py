@@ -119,7 +119,7 @@ def test_configurations_survive_json(architecture):
     ("change", "message"),
     [
         ({"widht": 3}, "no field in config 'widht'; nearest: width"),
-        ({"width": None}, None),
+        ({"pattern": None}, None),
         (
             {"pattern": [{"channel": None, "mixer": {"layer": "mamva"}}]},
             "no layer at config.pattern.0.mixer 'mamva'; nearest: mamba",
@@ -129,10 +129,17 @@ def test_configurations_survive_json(architecture):
 def test_a_configuration_of_another_version_is_refused(change, message):
     data = to_json(ModelConfig(pattern=(MAMBA,)))
     if message is None:
-        del data["width"]
-        message, change = "config has no field 'width'", {}
+        del data["pattern"]
+        message, change = "config has no field 'pattern'", {}
     with pytest.raises(UserError, match=message):
         from_json(ModelConfig, data | change)
+
+
+def test_a_field_that_did_not_exist_yet_has_its_default():
+    config = ModelConfig(pattern=(MAMBA,), width=64)
+    data = to_json(config)
+    del data["embedding_init"]
+    assert from_json(ModelConfig, data) == config
 
 
 @pytest.mark.parametrize(
