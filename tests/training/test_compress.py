@@ -58,7 +58,8 @@ def test_the_figures_are_those_of_plain_computations(trained, compressed):
         assert row["bits_per_byte"] == pytest.approx(
             evaluate_run(folder, json=out / "evaluation.json").bits_per_byte, rel=1e-6
         )
-        files = (folder / "checkpoints" / str(saved.step) / "params").rglob("*")
+        items = folder / "checkpoints" / str(saved.step)
+        files = [path for item in ("params", "frozen") for path in (items / item).rglob("*")]
         assert row["bytes_on_disk"] == sum(path.stat().st_size for path in files if path.is_file())
         assert row["bytes_in_memory"] == sum(leaf.nbytes for leaf in jax.tree.leaves(saved.params))
         assert row["bits_per_weight"] == 8 * row["bytes_in_memory"] / row["parameters"]
