@@ -48,8 +48,8 @@ class Quantized(Weight):
 
     @property
     def held(self) -> Format:
-        """The format."""
-        return jax.tree.unflatten(self.structure, [getattr(self, name)[...] for name in self.names])
+        """The format; of shapes, where the model has shapes in place of arrays."""
+        return jax.tree.unflatten(self.structure, [getattr(self, name).get_value() for name in self.names])
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """The command line's entrance. It imports nothing heavy before it knows the command: `phyla --help` is instant."""
 
+import importlib
 import sys
 from collections.abc import Sequence
 from keyword import iskeyword
@@ -20,6 +21,9 @@ COMMANDS = {
     "logits": "what a run or another library's model says of given tokens",
     "bench": "measure this code on this machine, alone or beside PyTorch",
 }
+
+TRAINING = ("train", "finetune", "distill")
+"""Those whose options are an experiment's fields."""
 
 HELP = f"""\
 usage: phyla COMMAND [OPTIONS]
@@ -62,9 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         choose("command", name, COMMANDS)
         prog = f"phyla {name}"
-        from phyla import commands
-
-        getattr(commands, name + "_" * iskeyword(name))(arguments)
+        module = importlib.import_module("phyla.experiments" if name in TRAINING else "phyla.commands")
+        getattr(module, name + "_" * iskeyword(name))(arguments)
     except (UserError, Diverged) as error:
         print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1

@@ -1,219 +1,17 @@
-"""The commands: each turns its arguments into a dataclass and calls one function of the floors below."""
+"""Commands that do not train: each turns its arguments into a dataclass and calls one function of the floors below."""
 
-import importlib
-import inspect
 import math
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, make_dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_type_hints
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
 from phyla import configs
 from phyla.arguments import parse
+from phyla.cores import sequences, use_all_cores
 from phyla.models.errors import UserError, choose
-
-if TYPE_CHECKING:
-    from phyla.training.config import Experiment
-
-TRAIN_HELP = """\
-usage: phyla train NAME [OPTIONS]
-
-Trains one experiment. Every field of it is an option: `phyla train NAME --help` lists them with their values.
-
-experiments:
-{experiments}
-
-examples:
-  phyla train transformer
-  phyla train mamba --optimizer.learning-rate 1e-3 --model.layers 6
-  phyla train transformer --model.pattern.0.mixer.heads 8 --max-steps 100 --out runs/eight-heads
-"""
-
-
-def train(arguments: Sequence[str]) -> None:
-    """`phyla train NAME`: a run directory under runs/, or where --out says. Trains on if it exists."""
-    if not arguments or arguments[0].startswith("-"):
-        if {"-h", "--help"} & set(arguments):
-            print(TRAIN_HELP.format(experiments=_experiments()), end="")
-            return
-        names = ", ".join(configs.EXPERIMENTS)
-        raise UserError(f"name an experiment first: {names} (as in `phyla train transformer`)")
-    experiment, out, max_steps = train_arguments(arguments)
-    use_all_cores(_sequences(experiment))
-    from phyla.training import loop, run
-
-    loop.train(experiment, out or run.default_folder(experiment), max_steps=max_steps)
-
-
-def train_arguments(arguments: Sequence[str]) -> "Training":
-    """The named experiment with the fields that the arguments change, the folder and the bound on the steps."""
-    name, *rest = arguments
-    experiment = configs.experiment(name)
-    # Its sections and the command's own options side by side; the name is what was asked for.
-    apart = "name", "base", "teacher", "distillation"
-    sections = [each.name for each in fields(experiment) if each.name not in apart]
-    description = f"{_summary(name)}\n\nTrains it, or goes on if it was interrupted. Its fields and their values:"
-    return _training(experiment, sections, rest, f"phyla train {name}", description)
-
-
-FINETUNE_HELP = """\
-usage: phyla finetune RUN [RECIPE] [OPTIONS]
-
-Trains on from a run: all of its model, or only what a recipe adds to it. The new run keeps RUN's configuration but for
-the options that are given; `phyla finetune RUN --help` lists them. What a recipe froze stays in RUN and is not saved
-again.
-
-examples:
-  phyla finetune runs/RUN --data.source "letters/*.txt" --optimizer.learning-rate 3e-4 --loop.steps 200
-  phyla finetune runs/RUN-int8 --data.source "letters/*.txt" --out runs/letters
-
-What a recipe such as magnitude-2:4 set to zero, in RUN or here, stays exactly zero (--no-sparsity.hold trains it). So
-pruning, retraining and rounding are a chain of runs, each of which goes on where it was interrupted:
-  phyla finetune runs/RUN magnitude-2:4 --out runs/sparse
-  phyla finetune runs/sparse qat-int4 --out runs/sparse-qat
-  phyla compress runs/sparse-qat int4 --out runs/small
-"""
-
-
-def finetune(arguments: Sequence[str]) -> None:
-    """`phyla finetune RUN [RECIPE]`: a new run that begins with RUN's model."""
-    if not arguments or arguments[0].startswith("-"):
-        if {"-h", "--help"} & set(arguments):
-            print(FINETUNE_HELP, end="")
-            return
-        raise UserError("name a run first (as in `phyla finetune runs/RUN`)")
-    experiment, out, max_steps = finetune_arguments(arguments)
-    use_all_cores(_sequences(experiment))
-    from phyla.training import loop, run
-
-    loop.train(experiment, out or run.default_folder(experiment), max_steps=max_steps)
-
-
-def finetune_arguments(arguments: Sequence[str]) -> "Training":
-    """What to train: the run's experiment, based on the run, with the recipe and the fields that the arguments give."""
-    from phyla.training import run
-
-    folder, *rest = arguments
-    recipes = rest.pop(0) if rest and not rest[0].startswith("-") else ""
-    before = run.read_experiment(Path(folder))
-    base = str(Path(folder))
-    experiment = replace(before, name=f"{before.name}-finetuned", base=base, recipes=recipes)
-    description = f"Trains on from {folder}. The fields of its experiment that can be changed, and their values:"
-    return _training(
-        experiment, ["data", "optimizer", "sparsity", "loop", "mesh"], rest, f"phyla finetune {folder}", description
-    )
-
-
-DISTILL_HELP = """\
-usage: phyla distill TEACHER STUDENT [--recipe NAME] [OPTIONS]
-
-Trains a student to say what a teacher says. TEACHER is a run; STUDENT is an experiment, of which a new model is made,
-or a run, which is trained on. The student reads the teacher's text, unless the options say another, and has its
-tokenizer. The new run needs the teacher only to be trained. `phyla distill TEACHER STUDENT --help` lists every option.
-
-recipes:
-{recipes}
-
-examples:
-  phyla distill runs/TEACHER mamba
-  phyla distill runs/TEACHER transformer --recipe distilbert --model.layers 2
-  phyla distill runs/TEACHER runs/STUDENT --distillation.divergence reverse-kl --out runs/STUDENT-distilled
-"""
-
-
-def distill(arguments: Sequence[str]) -> None:
-    """`phyla distill TEACHER STUDENT`: a new run."""
-    if len(arguments) < 2 or any(each.startswith("-") for each in arguments[:2]):
-        if {"-h", "--help"} & set(arguments):
-            print(DISTILL_HELP.format(recipes=_distillations()), end="")
-            return
-        raise UserError("name a teacher and a student first (as in `phyla distill runs/TEACHER mamba`)")
-    experiment, out, max_steps = distill_arguments(arguments)
-    use_all_cores(_sequences(experiment))
-    from phyla.training import loop, run
-
-    loop.train(experiment, out or run.default_folder(experiment), max_steps=max_steps)
-
-
-def distill_arguments(arguments: Sequence[str]) -> "Training":
-    """The student's experiment, with the teacher's text, the recipe, and the fields that the arguments give."""
-    from phyla.training import run
-    from phyla.training.config import DISTILLATIONS
-
-    teacher, student, *rest = arguments
-    recipe, rest = _taken("--recipe", rest, "logits")
-    distillation = DISTILLATIONS[choose("recipe", recipe, DISTILLATIONS)]
-    teachers = run.read_experiment(Path(teacher))
-    sections = ["distillation", "data", "optimizer", "loop", "mesh"]
-    if (Path(student) / "config.json").exists():
-        before = run.read_experiment(Path(student))
-        before = replace(before, base=str(Path(student)), recipes="")
-    else:
-        before = configs.experiment(student)
-        sections.insert(0, "model")
-    experiment = replace(
-        before,
-        name=f"{before.name}-of-{teachers.name}",
-        teacher=str(Path(teacher)),
-        data=teachers.data,
-        objective=teachers.objective,
-        distillation=distillation,
-    )
-    description = f"Distils {teacher} into {student} by the recipe {recipe}. The fields that can be changed:"
-    return _training(experiment, sections, rest, f"phyla distill {teacher} {student}", description)
-
-
-def _taken(option: str, arguments: Sequence[str], otherwise: str) -> tuple[str, list[str]]:
-    """The last value of an option that decides what the others are, and the arguments without it."""
-    value, rest, left = otherwise, [], list(arguments)
-    while left:
-        name, equals, given = left.pop(0).partition("=")
-        if name != option:
-            rest.append(name + equals + given)
-        elif equals or left:
-            value = given if equals else left.pop(0)
-        else:
-            raise UserError(f"{option} needs a value")
-    return value, rest
-
-
-def _distillations() -> str:
-    from phyla.training.config import DISTILLATIONS, DistillationConfig
-
-    plain = DistillationConfig()
-    lines = []
-    for name, recipe in DISTILLATIONS.items():
-        changed = (each.name for each in fields(recipe) if getattr(recipe, each.name) != getattr(plain, each.name))
-        said = ", ".join(f"{each} {getattr(recipe, each)}" for each in changed)
-        lines.append(f"  {name:<15} {said or 'the default: the distribution and the right token'}")
-    return "\n".join(lines)
-
-
-class Training(NamedTuple):
-    """What to train, where to, and how far."""
-
-    experiment: "Experiment"
-    out: Path | None
-    max_steps: int | None
-
-
-def _training(
-    experiment: "Experiment", sections: Sequence[str], arguments: Sequence[str], prog: str, description: str
-) -> Training:
-    hints = get_type_hints(type(experiment))
-    options: list[Any] = [(each, hints[each], field(default=getattr(experiment, each))) for each in sections]
-    steps_help, out_help = "Stop after this many steps, on the same schedule.", "The run's folder."
-    options += [
-        ("max_steps", Annotated[int | None, arg(help=steps_help)], field(default=None)),
-        ("out", Annotated[Path | None, arg(help=out_help)], field(default=None)),
-    ]
-    Train = make_dataclass("Train", options, kw_only=True, frozen=True, namespace={"__doc__": description})
-    chosen = parse(Train, arguments, prog=prog)
-    changed = {each: getattr(chosen, each) for each in sections}
-    return Training(replace(experiment, **changed), chosen.out, chosen.max_steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,7 +49,7 @@ def compare(arguments: Sequence[str]) -> None:
     """`phyla compare [NAME ...]`."""
     options = parse(Compare, arguments, prog="phyla compare")
     experiments = [configs.experiment(name) for name in options.names]
-    use_all_cores(math.gcd(*map(_sequences, experiments)))
+    use_all_cores(math.gcd(*map(sequences, experiments)))
     from phyla.training import compare
 
     compare.compare(
@@ -617,31 +415,3 @@ def bench(arguments: Sequence[str]) -> None:
     use_all_cores(BATCH)
     architectures = {name: ARCHITECTURES[name]() for name in names}
     bench_models(architectures, json=options.json, rounds=options.rounds, peers=options.peers)
-
-
-def use_all_cores(batch_size: int) -> None:
-    """Makes one virtual CPU device per core, as far as they divide the batch, before JAX starts.
-
-    Data parallelism over them keeps every core busy where the operations of one device do not. It leaves a number
-    that the user set (XLA_FLAGS or JAX_NUM_CPU_DEVICES) alone, and changes nothing where the devices are not CPUs.
-    """
-    import jax
-
-    forced = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if not forced and jax.config.jax_num_cpu_devices == -1:
-        cores = getattr(os, "process_cpu_count", os.cpu_count)() or 1
-        jax.config.update("jax_num_cpu_devices", math.gcd(batch_size, cores))
-
-
-def _sequences(experiment: "Experiment") -> int:
-    return experiment.loop.batch_size // experiment.loop.microbatches
-
-
-def _experiments() -> str:
-    widest = max(map(len, configs.EXPERIMENTS))
-    return "\n".join(f"  {name:<{widest}} {_summary(name)}" for name in configs.EXPERIMENTS)
-
-
-def _summary(name: str) -> str:
-    function = getattr(importlib.import_module(configs.EXPERIMENTS[name]), name.replace("-", "_").replace(".", "_"))
-    return (inspect.getdoc(function) or "").partition("\n")[0]

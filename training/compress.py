@@ -19,8 +19,7 @@ from phyla.compression.calibrate import Moments
 from phyla.compression.compress import Measure, Step, abstract, compress, shaping
 from phyla.compression.entropy import Huffman
 from phyla.compression.huffman import Sizes
-from phyla.compression.matrices import dotted, weights
-from phyla.compression.matrices import kind_of_layer as _layer
+from phyla.compression.matrices import dotted, kind_of_layer, weights
 from phyla.compression.rule import Rule
 from phyla.models.config import ModelConfig
 from phyla.models.errors import UserError
@@ -130,7 +129,7 @@ def compress_run(
     def calibrate(model: LanguageModel, measure: Measure) -> Moments:
         found = _measured(saved, calibration, model, measure)
         if found.columns:
-            read.append(activations.activations(found.columns, functools.partial(_layer, model.config)))
+            read.append(activations.activations(found.columns, functools.partial(kind_of_layer, model.config)))
         return found
 
     steps = compress(original, recipes, calibrate)
@@ -288,7 +287,7 @@ def _coverage(config: ModelConfig, steps: list[Step]) -> dict[str, dict[str, flo
     found: dict[str, dict[str, float]] = {}
     for path, weight in weights(steps[-1].model).items():
         count = math.prod(weight.shape)
-        row = found.setdefault(_layer(config, path), {"parameters": 0, "changed": 0, "bits_per_weight": 0})
+        row = found.setdefault(kind_of_layer(config, path), {"parameters": 0, "changed": 0, "bits_per_weight": 0})
         row["parameters"] += count
         row["changed"] += count * (dotted(path) in changed)
         row["bits_per_weight"] += count * _bits(weight)

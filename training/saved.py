@@ -107,10 +107,13 @@ def load(folder: Path) -> Saved:
     )
 
 
+def prepared(model: LanguageModel, experiment: Experiment) -> LanguageModel:
+    """The model with the experiment's recipes applied to it, as it is when its training begins."""
+    own = parse(experiment.recipes) if experiment.recipes else ()
+    return compress.compress(model, own, seed=experiment.loop.seed)[-1].model if own else model
+
+
 def _frozen_of_base(experiment: Experiment) -> nnx.State:
     """What a run did not train, and has not saved, because the run that it began with has it."""
     assert experiment.base is not None
-    model = load(Path(experiment.base)).model()
-    own = parse(experiment.recipes) if experiment.recipes else ()
-    after = compress.compress(model, own, seed=experiment.loop.seed)[-1].model if own else model
-    return split(after)[2]
+    return split(prepared(load(Path(experiment.base)).model(), experiment))[2]

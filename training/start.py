@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 from phyla.compression.adapters import targets
-from phyla.compression.compress import abstract, compress
+from phyla.compression.compress import abstract
 from phyla.compression.entropy import Huffman
 from phyla.compression.matrices import kind_of_layer
 from phyla.compression.prune import Prune
@@ -22,7 +22,7 @@ from phyla.models.errors import UserError
 from phyla.models.language_model import LanguageModel
 from phyla.training.config import Experiment
 from phyla.training.data.tokenizers import Tokenizer, make_tokenizer
-from phyla.training.saved import Saved, load
+from phyla.training.saved import Saved, load, prepared
 from phyla.training.step import split
 from phyla.training.transfer import initialise_from, summary
 
@@ -94,11 +94,8 @@ class Start(NamedTuple):
             model, copied, left = initialise_from(student, self.teacher.model())
             note(summary(copied, left))
         else:
-            return jax.jit(lambda: split(self._prepared(new()))[1:], out_shardings=(params, frozen))()
-        return jax.device_put(split(self._prepared(model))[1:], (params, frozen))
-
-    def _prepared(self, model: LanguageModel) -> LanguageModel:
-        return compress(model, self.own, seed=self.experiment.loop.seed)[-1].model if self.own else model
+            return jax.jit(lambda: split(prepared(new(), self.experiment))[1:], out_shardings=(params, frozen))()
+        return jax.device_put(split(prepared(model, self.experiment))[1:], (params, frozen))
 
 
 def what_is_trained(model: LanguageModel) -> str:

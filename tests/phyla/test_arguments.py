@@ -13,7 +13,7 @@ from tyro.conf import Positional, UseAppendAction
 
 from phyla import configs
 from phyla.arguments import option_names, parse
-from phyla.commands import train_arguments
+from phyla.experiments import train_arguments
 from phyla.models.errors import UserError
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from phyla import __main__, __version__, commands, configs
+from phyla import __main__, __version__, configs, experiments
 from phyla.arguments import parse
 from phyla.cli import COMMANDS, main
-from phyla.commands import Bench, Compare, Evaluate, Generate, comparison_folder, train_arguments
+from phyla.commands import Bench, Compare, Evaluate, Generate, comparison_folder
+from phyla.experiments import train_arguments
 from phyla.models.errors import UserError
 
 
@@ -89,7 +90,7 @@ def test_how_a_command_ends(monkeypatch, capsys):
         def command(arguments):
             raise error
 
-        monkeypatch.setattr(commands, "train", command)
+        monkeypatch.setattr(experiments, "train", command)
         return main(["train", "mamba"])
 
     assert ends_with(UserError("two\nlines")) == 2
@@ -156,7 +157,7 @@ print(json.dumps([time.perf_counter() - start, [m for m in ("jax", "tyro", "nump
     ],
 )
 def test_use_all_cores(environment, devices):
-    code = "from phyla.commands import use_all_cores; use_all_cores(6); import jax; print(jax.device_count('cpu'))"
+    code = "from phyla.cores import use_all_cores; use_all_cores(6); import jax; print(jax.device_count('cpu'))"
     assert python(code, **environment) == str(devices)
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from phyla.cli import main
 from phyla.compression.recipes import parse
+from phyla.experiments import finetune_arguments
 from phyla.models.errors import UserError
 from phyla.training import run
 from phyla.training.compress import compress_run
@@ -57,6 +58,14 @@ def test_all_of_a_run_is_trained_on(trained, tmp_path):
     summary = train(experiment, tmp_path / "on")
     assert summary is not None
     assert summary["bits_per_byte"] == pytest.approx(before, rel=1e-5)
+
+
+def test_a_student_is_finetuned_without_its_teacher(trained, tmp_path):
+    experiment = dataclasses.replace(load(trained).experiment, teacher="runs/gone")
+    run.create(tmp_path / "student", experiment, None)
+    asked = finetune_arguments([str(tmp_path / "student"), "lora-r2", "--loop.steps", "3"]).experiment
+    assert (asked.teacher, asked.recipes, asked.loop.steps) == (None, "lora-r2", 3)
+    assert asked.base == str(tmp_path / "student")
 
 
 def test_what_cannot_be_a_base_or_a_recipe_is_refused(trained, tmp_path):
