@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from phyla.compression import matrices
 from phyla.compression.calibrate import OUTLIER, Moments, each
-from phyla.compression.quantize import Quantize, quantize, refusal
+from phyla.compression.quantize import Quantize, quantize, refusal, round_to_nearest
 from phyla.compression.rule import Applied, Method, Rule
 from phyla.kernels.quantized_matmul import Format, quantize_int8, quantize_llm_int8
 from phyla.kernels.quantized_matmul.formats import nonzero
@@ -24,6 +24,10 @@ from phyla.models.wrapped import Rounded, Scaled
 
 Per = Literal["token", "tensor"]
 """What shares a scale of activations: a token, as it comes; or all, from the largest in a text."""
+
+
+BY_CHANNEL = Quantize(format="int8")
+"""How weights are rounded."""
 
 
 class OfColumns(Rule):
@@ -53,7 +57,7 @@ class W8A8(OfColumns):
 
     def apply(self, model: LanguageModel, chosen: list[matrices.Place], moments: Moments, key: jax.Array) -> Applied:
         """See `Rule.apply`."""
-        able, left = rounded_alone(model, chosen, Quantize(format="int8"))
+        able, left = rounded_alone(model, chosen, BY_CHANNEL)
         for place in able:
             largest = moments.columns[place.path].largest if self.per == "tensor" else None
             matrices.replace(model, place.path, _of_8_bits(place.value[...], place.axes, largest))
@@ -90,7 +94,7 @@ class LlmInt8(OfColumns):
 
     def apply(self, model: LanguageModel, chosen: list[matrices.Place], moments: Moments, key: jax.Array) -> Applied:
         """See `Rule.apply`."""
-        able, left = rounded_alone(model, chosen, Quantize(format="int8"))
+        able, left = rounded_alone(model, chosen, BY_CHANNEL)
         for place in able:
             K = place.value.shape[-2]
             room = min(K, math.ceil(K / 32) if self.columns is None else self.columns)
@@ -134,7 +138,7 @@ class SmoothQuant(OfColumns):
 
     def apply(self, model: LanguageModel, chosen: list[matrices.Place], moments: Moments, key: jax.Array) -> Applied:
         """See `Rule.apply`."""
-        able, left = rounded_alone(model, chosen, Quantize(format="int8"))
+        able, left = rounded_alone(model, chosen, BY_CHANNEL)
         for place in able:
             w, largest = place.value[...], moments.columns[place.path].largest
             if self.per == "tensor" and place.axes[-2] != "embed":
@@ -201,15 +205,10 @@ def _dynamic(w: jax.Array) -> Format:
     return each(lambda w: quantize_int8(w, dynamic=True), w)
 
 
-@jax.jit
-def _fixed(w: jax.Array) -> Format:
-    return each(quantize_int8, w)
-
-
 def _of_8_bits(w: jax.Array, axes: tuple[str, ...], largest: jax.Array | None) -> Weight:
     """With activations rounded by token, or, if the largest of each input [..., K] is given, by one scale."""
     if largest is None:
         return Quantized(_dynamic(w), axes)
     most = jnp.max(largest, axis=-1)
     most = jnp.where(most > 0, most, jnp.max(most))  # an expert that no token of the text used
-    return Rounded(Quantized(_fixed(w), axes), nonzero(most / 127), axes[:-2])
+    return Rounded(Quantized(round_to_nearest(w, BY_CHANNEL), axes), nonzero(most / 127), axes[:-2])
