@@ -147,7 +147,7 @@ def test_left_padding_changes_nothing(architecture):
 def test_scanned_equals_unrolled(architecture):
     model = perturbed(architecture)
     tokens = tokens_of(architecture, B, T)
-    x, value = model._embed(tokens, None, None, None)[0], None
+    x, value = model._embed(model.embedding(tokens), None, None, None)[0], None
     for block in model.prefix:
         x, value, *_ = block(x, value, None, None)
     for repeat in range(architecture.repeats):
