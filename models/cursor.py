@@ -52,7 +52,7 @@ def advance(
 
 
 def carry(cursor: Cursor, segment_ids: jax.Array | None, state: Any) -> Any:
-    """A recurrent state (arrays [B, ...]) in floats, zeroed for the sequences whose next token begins another segment."""
+    """A recurrent state (arrays [B, ...]), zeroed for the sequences whose next token begins another segment; floats."""
     state = floats(state)
     if segment_ids is None:
         return state

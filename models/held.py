@@ -42,7 +42,7 @@ def hold(x: jax.Array, axes: tuple[int, ...]) -> Held:
 
 
 def empty(state: Any, parts: Mapping[str, tuple[int, ...]]) -> Any:
-    """An empty state with zeros held in some places, by their paths in it (`memory.0`); and the axes of their scales."""
+    """An empty state with zeros held in some places, by their paths (`memory.0`), each with the axes of its scales."""
 
     def of_part(path: tuple, leaf: jax.Array) -> jax.Array | Held:
         axes = parts.get(jax.tree_util.keystr(path, simple=True, separator="."))

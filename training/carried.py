@@ -25,7 +25,7 @@ TABLE = {
     "state_bytes": (f"state of {CONTEXT:,} tokens", "{:,} bytes"),
     "carried_64": ("bits per byte, 64 tokens a call", "{:.4f}"),
     "carried_1": ("1 token a call", "{:.4f}"),
-    "carried_kl": ("KL there", "{:.6f} nats"),
+    "carried_kl": ("KL at 1 token", "{:.6f} nats"),
 }
 """The columns, for `phyla compress`."""
 

@@ -58,7 +58,9 @@ def _perturbed(config: ModelConfig) -> LanguageModel:
     def params() -> nnx.State:
         leaves, tree = jax.tree.flatten(nnx.state(LanguageModel(config, nnx.Rngs(0))))
         keys = jax.random.split(jax.random.key(1), len(leaves))
-        return jax.tree.unflatten(tree, [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)])
+        return jax.tree.unflatten(
+            tree, [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+        )
 
     return nnx.merge(nnx.graphdef(jax.eval_shape(lambda: LanguageModel(config, nnx.Rngs(0)))), jax.jit(params)())
 
@@ -71,6 +73,7 @@ def call(model: LanguageModel, tokens: jax.Array, state, segment_ids: jax.Array)
 
 def rows(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
     """A document; the same after padding; the same after another document. And their segments."""
+    assert config.vocab_size is not None
     text = np.asarray(jax.random.randint(jax.random.key(2), (T,), 0, config.vocab_size))
     other = (text[::-1] + 1) % config.vocab_size
     shifted, before = text[:-CALL], other[:CALL]

@@ -25,10 +25,10 @@ def held(trained, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     return out, compress_run(trained, parse("int8+state-int8"), out)
 
 
-def test_the_figures_are_those_of_plain_computations(trained, held, capsys):
+def test_the_figures_are_those_of_plain_computations(held):
     out, record = held
     first, middle, last = record["steps"]
-    before, after = load(trained), load(out)
+    after = load(out)
     assert is_held(after.model())
     # 2 heads of 8, keys and values; 32 channels of 4 states.
     saved_bytes = 3 * (2 * 1024 * 16 + 32 * 4) - 4 * (2 * 1024 * 2 + 32)
