@@ -19,7 +19,7 @@ T, CALL = 9, 3
 RECURRENT = ("mamba", "mamba2", "mamba3", "rwkv4", "rwkv6", "rwkv7", "mlstm", "mlstm-sigmoid", "mlstm-block", "slstm")
 CACHED = ("attention", "attention-alibi-window")
 MIXED = ("jamba", "xlstm-hybrid")
-QUICK = ("attention", "mamba", "rwkv7", "mlstm")
+QUICK = ("attention", "mamba", "rwkv4", "mlstm")
 
 
 def named(*names: str):
