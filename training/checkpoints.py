@@ -140,7 +140,7 @@ class Checkpoints:
             rest = self._manager.restore(step, args=args)["frozen"]
         arrays = huffman.read(self._coded)
         flat = nnx.to_flat_state(of_bytes)
-        found = [(path, leaf.replace(jax.device_put(arrays[_joined(path)], leaf.sharding))) for path, leaf in flat]
+        found = [(path, leaf.replace(jax.device_put(arrays.pop(_joined(path)), leaf.sharding))) for path, leaf in flat]
         return nnx.merge_state(rest, nnx.from_flat_state(found))
 
 
