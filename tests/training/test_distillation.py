@@ -27,7 +27,8 @@ from phyla.training import run
 from phyla.training.config import DISTILLATIONS, DistillationConfig, LoopConfig, OptimizerConfig
 from phyla.training.data.config import DataConfig
 from phyla.training.data.sources import documents
-from phyla.training.distillation import Distillation, divergence, layer_pairs
+from phyla.training.distillation import Distillation, divergence
+from phyla.training.internals import layer_pairs
 from phyla.training.loop import train
 from phyla.training.objectives import next_token, next_tokens
 from phyla.training.optimizer import make_optimizer
@@ -62,7 +63,7 @@ def teacher() -> tuple:
 def distillation(student: LanguageModel, its=None, **terms) -> Distillation:
     config = student.config
     its = its or nnx.merge(*teacher())
-    given = DistillationConfig(**terms), its, config.width, config.layers, next_tokens
+    given = DistillationConfig(**terms), its, config, next_tokens
     return Distillation(*given, chunk=7, rngs=nnx.Rngs(0))
 
 
@@ -427,7 +428,7 @@ def test_every_recipe_is_explained(capsys):
     assert main(["distill", "--help"]) == 0
     shown = capsys.readouterr().out
     assert all(f"\n  {name} " in shown for name in DISTILLATIONS)
-    assert "distilbert      soft 5.0, hard 2.0, temperature 2.0, cosine 1.0, copy True" in shown
+    assert "distilbert           soft 5.0, hard 2.0, temperature 2.0, cosine 1.0, copy True" in shown
 
 
 def test_a_copied_teacher_is_where_the_student_begins(trained, tmp_path, capsys):
