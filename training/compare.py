@@ -212,13 +212,19 @@ def _run_record(folder: Path, name: str, seed: int) -> dict[str, Any]:
 
 def _check_beside(folders: Iterable[Path], experiments: Sequence[Experiment]) -> None:
     """That they are runs of these architectures, each with a name of its own."""
-    names = [experiment.name for experiment in experiments]
     named: dict[str, Path] = {}
     for folder in folders:
-        choose(f"architecture of {folder} in this comparison", run.read_experiment(folder).name, names)
+        _architecture(folder, experiments)
         other = named.setdefault(folder.name, folder)
         if other != folder:
             raise UserError(f"--beside: {other} and {folder} have one name, and a row is named by it")
+
+
+def _architecture(folder: Path, experiments: Sequence[Experiment]) -> str:
+    """What a run is of, by its experiment's name: mamba-finetuned and mamba-of-transformer are of mamba."""
+    name, names = run.read_experiment(folder).name, [experiment.name for experiment in experiments]
+    of = [each for each in names if name.startswith(f"{each}-")]
+    return max(of, key=len) if of else choose(f"architecture of {folder} in this comparison", name, names)
 
 
 def _equal(experiments: Sequence[Experiment], parameters: int | None) -> list[Experiment]:
@@ -329,7 +335,7 @@ def _beside(folder: Path, experiments: Sequence[Experiment], out: Path) -> None:
     path = _beside_file(out, folder)
     if path.exists():
         return
-    name = run.read_experiment(folder).name
+    name = _architecture(folder, experiments)
     tokens = experiments[0].loop.eval_tokens
     rows = rows_beside(load(out / f"{name}-seed0"), load(folder), tokens)
     path.parent.mkdir(exist_ok=True)
