@@ -66,6 +66,21 @@ def made(name: str) -> tuple[Any, jax.Array, np.ndarray]:
     return nnx.merge(graphdef, state), x, np.asarray(matrices, np.float64)
 
 
+def given_of(mixer: Any, x: jax.Array) -> tuple[jax.Array, ...]:
+    """What the op of a mixer is given."""
+
+    def of(mixer: Any, x: jax.Array) -> tuple[jax.Array, ...]:
+        match type(mixer).__name__:
+            case "MLSTM":
+                return mixer._given(x)
+            case "RWKV7":
+                return mixer._given(x, shift(x, None, SEGMENTS)[0])
+            case _:
+                return mixer._given(x, None, SEGMENTS)
+
+    return jax.jit(of)(mixer, x)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_tokens_are_mixed_with_those_before_them_in_their_document(name):
     _, _, matrices = made(name)
@@ -84,15 +99,17 @@ def test_attentions_matrix_is_what_it_does(name):
     mixer, x, matrices = made(name)
     assert isinstance(mixer, Attention)
     np.testing.assert_allclose(matrices.sum(-1), 1, rtol=1e-6)
-    values = np.asarray(mixer.projected(x, SEGMENTS)[2], np.float64)
-    y = np.einsum("bnts,bsnh->btnh", matrices, values).reshape(B, T, -1) @ np.asarray(mixer.o.weight[...], np.float64)
-    np.testing.assert_allclose(mixer(x, None, SEGMENTS)[0], y, rtol=1e-4, atol=1e-5)
+    values, whole = jax.jit(lambda mixer, x: (mixer.projected(x, SEGMENTS)[2], mixer(x, None, SEGMENTS)[0]))(mixer, x)
+    y = np.einsum("bnts,bsnh->btnh", matrices, np.asarray(values, np.float64)).reshape(B, T, -1) @ np.asarray(
+        mixer.o.weight[...], np.float64
+    )
+    np.testing.assert_allclose(whole, y, rtol=1e-4, atol=1e-5)
 
 
 def test_mamba_2s_matrix_in_float64():
     """C_t·B_s exp(Σ dt A) dt_s, and D (Dao and Gu 2024, equation 16)."""
     mixer, x, matrices = made("mamba2")
-    _, dt, A, B_, C, D_ = (np.asarray(part, np.float64) for part in mixer._given(x, None, SEGMENTS)[:6])
+    _, dt, A, B_, C, D_ = (np.asarray(part, np.float64) for part in given_of(mixer, x)[:6])
     B_, C = (np.repeat(part, len(A) // part.shape[2], axis=2) for part in (B_, C))
     sums = np.cumsum(dt * A, axis=1)
     decay = np.exp(np.minimum(sums[:, :, None] - sums[:, None], 0))
@@ -105,7 +122,7 @@ def test_mamba_2s_matrix_in_float64():
 def test_mlstms_matrix_in_float64(name):
     """The decay matrix times q·k / √K over its normaliser (Beck et al. 2024, equation 27)."""
     mixer, x, matrices = made(name)
-    given = mixer._given(x) if name == "mlstm" else mixer._given(x, None, SEGMENTS)
+    given = given_of(mixer, x)
     q, k, i, f = (np.asarray(given[j], np.float64) for j in ((0, 1, 2, 3) if name == "mlstm" else (0, 1, 3, 4)))
     sums = np.cumsum(-np.logaddexp(0, -f), axis=1)
     log_decay = sums[:, :, None] - sums[:, None] + i[:, None]
@@ -118,11 +135,7 @@ def test_mlstms_matrix_in_float64(name):
 def test_rwkv_7s_matrix_in_float64():
     """r_t against what is left of k_s after each token since has decayed, erased and added."""
     mixer, x, matrices = made("rwkv7")
-    before = jnp.concatenate([jnp.zeros((B, 1, D)), x[:, :-1]], axis=1)
-    begins = np.diff(np.asarray(SEGMENTS), axis=1, prepend=-1) != 0
-    r, log_w, k, a, b = (
-        np.asarray(part, np.float64) for part in mixer._given(x, jnp.where(begins[..., None], 0, before))
-    )
+    r, log_w, k, a, b = (np.asarray(part, np.float64) for part in given_of(mixer, x))
     expected = np.zeros_like(matrices)
     for row, head, s in np.ndindex(B, r.shape[2], T):
         left = k[row, s, head]
@@ -140,17 +153,21 @@ def test_rwkv_7s_matrix_in_float64():
 def test_values_go_through_the_matrix(name):
     """What the layer's own op made of its own values is the matrix times them."""
     mixer, x, matrices = made(name)
-    if name == "mamba3":
-        _, v, *given = mixer._split(x)
-        values = v.reshape(B, T, mixer.heads, -1)
-        y = mixer._scanned(x, values, given, mixer.initial_state(B, T), SEGMENTS)[0]
-    elif name == "rwkv6":
-        r, w, k, values, _ = mixer._given(x, shift(x, None, SEGMENTS)[0])
-        y = wkv6(r, w, k, values, mixer._first(), segment_ids=SEGMENTS)[0]
-    else:
+
+    @jax.jit
+    def own(mixer: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if name == "mamba3":
+            _, v, *given = mixer._split(x)
+            values = v.reshape(B, T, mixer.heads, -1)
+            return values, mixer._scanned(x, values, given, mixer.initial_state(B, T), SEGMENTS)[0]
+        if name == "rwkv6":
+            r, w, k, values, _ = mixer._given(x, shift(x, None, SEGMENTS)[0])
+            return values, wkv6(r, w, k, values, mixer._first(), segment_ids=SEGMENTS)[0]
         q, k, *gates = mixer._given(x)
         values = mixer.v(x).reshape(B, T, 2, -1)
-        y = mlstm(q, k, values, *gates, segment_ids=SEGMENTS, gate="sigmoid")[0]
+        return values, mlstm(q, k, values, *gates, segment_ids=SEGMENTS, gate="sigmoid")[0]
+
+    values, y = own(mixer, x)
     expected = np.einsum("bhts,bshv->bthv", matrices, np.asarray(values, np.float64))
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
 
