@@ -15,13 +15,15 @@ from flax import nnx
 
 from phyla import configs
 from phyla.cli import main
+from phyla.compression.recipes import parse
+from phyla.experiments import distill_arguments
 from phyla.models import sizes
 from phyla.models.config import BlockConfig, ModelConfig
 from phyla.models.errors import UserError
 from phyla.models.language_model import LanguageModel
 from phyla.models.mixers.attention import AttentionConfig
 from phyla.models.mixers.mamba2 import Mamba2Config
-from phyla.models.mlp import MLPConfig
+from phyla.models.mlp import GatedMLPConfig, MLPConfig
 from phyla.models.weights import materialize
 from phyla.training import run
 from phyla.training.config import DISTILLATIONS, DistillationConfig, LoopConfig, OptimizerConfig
@@ -445,3 +447,53 @@ def test_a_copied_teacher_is_where_the_student_begins(trained, tmp_path, capsys)
     assert summary is not None
     assert summary["bits_per_byte"] == pytest.approx(before, rel=1e-5)
     assert "copied from the teacher: embedding.weight" in capsys.readouterr().err
+
+
+def test_stages_freeze_and_thaw(trained, tmp_path):
+    """Mixers alone are trained in MOHAWK's first two stages, and all in the last; by hand as in the chain."""
+    mixers = r"bitfit@\.mixer\."
+    first = distill_arguments([str(trained), "xlstm", "--recipe", "mohawk-mixing", "--model.width", "16"]).experiment
+    assert (first.recipes, first.base) == (mixers, None)
+    assert first.distillation == DISTILLATIONS["mohawk-mixing"]
+    stage = tmp_path / "stage"
+    run.create(stage, first, None, compression=parse(mixers))
+    second = distill_arguments([str(trained), str(stage), "--recipe", "mohawk-blocks"]).experiment
+    assert (second.recipes, second.base, second.name) == ("", str(stage), first.name)
+    third = distill_arguments([str(trained), str(stage), "--recipe", "mohawk-logits"]).experiment
+    assert (third.recipes, third.model) == ("thaw", first.model)
+    assert distill_arguments([str(trained), str(trained), "--recipe", "mohawk-logits"]).experiment.recipes == ""
+
+
+def test_stages_are_as_many_as_their_steps(trained, capsys):
+    assert main(["distill", str(trained), "xlstm", "--recipe", "mohawk", "--stage-steps", "1,2"]) == 2
+    assert "--stage-steps 1,2 must be as many numbers as mohawk has stages, 3" in capsys.readouterr().err
+    assert main(["distill", str(trained), "xlstm", "--recipe", "mohawks"]) == 2
+    assert "no recipe 'mohawks'; nearest: mohawk" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_chain_of_stages_goes_on_where_it_was_interrupted(experiment, tmp_path):
+    """MOHAWK from attention to mLSTM: what a stage freezes is the teacher's, and the matrices come nearer."""
+    attention = BlockConfig(mixer=AttentionConfig(heads=2), channel=GatedMLPConfig())
+    teacher = tmp_path / "teacher"
+    train(dataclasses.replace(experiment, model=ModelConfig(width=16, layers=2, pattern=(attention,))), teacher)
+    out = tmp_path / "out"
+    command = ["distill", str(teacher), "xlstm", "--recipe", "mohawk", "--stage-steps", "6,4,3", "--mesh.data", "1"]
+    command += ["--model.width", "16", "--model.layers", "2", "--model.pattern.0.mixer.heads", "2"]
+    command += ["--loop.batch-size", "8", "--loop.log-every", "1", "--loop.checkpoint-every", "2", "--out", str(out)]
+    stages = [out.with_name("out-mohawk-mixing"), out.with_name("out-mohawk-blocks"), out]
+    assert main([*command, "--max-steps", "3"]) == 0
+    assert [path.exists() for path in stages] == [True, False, False]
+    assert main(command) == 0
+    assert [json.loads((path / "summary.json").read_text())["steps"] for path in stages] == [6, 4, 3]
+    its, *found = (values(load(path).model()) for path in (teacher, *stages))
+    copied = [name for name in its if ".channel." in name or "norm" in name or name == "embedding.weight"]
+    for name in copied:
+        np.testing.assert_array_equal(found[0][name], its[name])
+        np.testing.assert_array_equal(found[1][name], its[name])
+        assert not np.array_equal(found[2][name], its[name])
+    assert not np.array_equal(found[0]["periods.blocks.0.mixer.q.weight"], found[1]["periods.blocks.0.mixer.q.weight"])
+    lines = [json.loads(line) for line in (stages[0] / "metrics.jsonl").read_text().splitlines()]
+    mixing = [line["mixing"] for line in lines if "mixing" in line]
+    assert len(mixing) == 6
+    assert mixing[-1] < mixing[0]

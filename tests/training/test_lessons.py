@@ -191,17 +191,17 @@ def test_lessons_of_something_else_are_refused(trained, kept, tmp_path, capsys):
     student += ["--distillation.temperature", "2", "--distillation.cache", str(kept)]
     changed = tmp_path / "changed.txt"
     changed.write_text("quite another text than that. " * 40)
-    for option, value, said in (
-        ("--distillation.top-k", "4", "is of another top_k, not 4"),
-        ("--distillation.temperature", "1", "is of another temperature, not 1"),
-        ("--data.source", str(changed), "is of another text, not this one"),
-        ("--data.sequence-length", "8", "is of another text, not this one"),
-        ("--distillation.hidden", "1", "keeps no hidden states: distillation.hidden must be 0"),
-        ("--distillation.soft", "0", "it needs distillation.top_k and soft"),
-        ("--data.streaming", "True", "which data.streaming has not"),
-        ("--distillation.cache", str(tmp_path), "is not empty and has no lessons.json"),
+    for options, said in (
+        (["--distillation.top-k", "4"], "is of another top_k, not 4"),
+        (["--distillation.temperature", "1"], "is of another temperature, not 1"),
+        (["--data.source", str(changed)], "is of another text, not this one"),
+        (["--data.sequence-length", "8"], "is of another text, not this one"),
+        (["--distillation.hidden", "1"], "keeps no hidden states: distillation.hidden must be 0"),
+        (["--distillation.soft", "0"], "it needs distillation.top_k and soft"),
+        (["--data.streaming"], "which data.streaming has not"),
+        (["--distillation.cache", str(tmp_path)], "is not empty and has no lessons.json"),
     ):
-        assert main([*student, option, value]) == 2, option
+        assert main([*student, *options]) == 2, options
         shown = capsys.readouterr().err
         assert shown.count("\n") == 1
         assert said in shown
