@@ -1,5 +1,6 @@
 """What is learned from the inside of a teacher: the formulas against float64, and every term for every family."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -143,7 +144,7 @@ def test_mixing_matrices_in_float64():
 def test_every_term_of_every_family_falls(family):
     """Each is finite, pulls at the student by itself, and is less after some steps down the sum of all."""
     config = FAMILIES[family]
-    terms = {"cosine": 1.0, "hidden": 1.0, "embedding": 1.0, "blocks": 1.0}
+    terms: dict[str, Any] = {"cosine": 1.0, "hidden": 1.0, "embedding": 1.0, "blocks": 1.0}
     if all(block.mixer.mixing_heads(config) for block in config.blocks):
         terms["mixing"] = 1.0
     if family == "transformer":
@@ -208,7 +209,7 @@ def test_heads_that_do_not_fit_are_refused():
         ("relations", "needs the teacher's number of heads, 2, not 4, or distillation.relation_heads"),
     ):
         with pytest.raises(UserError, match=said):
-            check(DistillationConfig(**{term: 1.0}), student, TEACHER)
+            check(dataclasses.replace(DistillationConfig(), **{term: 1.0}), student, TEACHER)
     check(DistillationConfig(relations=1.0, relation_heads=8), student, TEACHER)
     with pytest.raises(UserError, match="relation_heads 3 does not divide the width of all heads 8; nearest: 2"):
         check(DistillationConfig(relations=1.0, relation_heads=3), student, TEACHER)

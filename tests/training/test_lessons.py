@@ -62,7 +62,8 @@ def test_lessons_are_the_teachers_likeliest_tokens(trained, kept):
     saved = load(trained)
     packed = prepare(experiment.data, saved.tokenizer, "train")
     asked = np.asarray([11, 0, 11, len(packed.tokens) - 1])
-    tokens, segment_ids = packed.tokens[asked, :-1], packed.segment_ids[asked, :-1]
+    rows: Any = {name: value[asked, :-1] for name, value in packed.rows.items()}
+    tokens, segment_ids = rows["tokens"], rows["segment_ids"]
 
     @jax.jit
     def logits(params):
