@@ -10,8 +10,8 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -55,7 +55,7 @@ class Lessons:
         self._shard_bytes = shard_bytes
         self._open: dict[int, np.ndarray] = {}
 
-    def of(self, packed: Packed) -> Any:
+    def of(self, packed: Packed) -> Callable[[np.ndarray], Batch]:
         """Says of which rows they are, and gives `rows` (see `pipeline.Beside`).
 
         Raises UserError if the folder has lessons of another teacher, tokenizer or text, or other ones.
