@@ -23,6 +23,7 @@ from phyla.compression import (
     qat,
     quantize,
     rotate,
+    state,
     structure,
 )
 from phyla.compression.rule import Rule
@@ -42,6 +43,7 @@ MODULES = (
     depth,
     factorise,
     entropy,
+    state,
     adapters,
     few,
     merge,
