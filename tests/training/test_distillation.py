@@ -15,6 +15,7 @@ from flax import nnx
 
 from phyla import configs
 from phyla.cli import main
+from phyla.compression.compress import abstract
 from phyla.compression.recipes import parse
 from phyla.experiments import distill_arguments
 from phyla.models import sizes
@@ -497,3 +498,13 @@ def test_a_chain_of_stages_goes_on_where_it_was_interrupted(experiment, tmp_path
     mixing = [line["mixing"] for line in lines if "mixing" in line]
     assert len(mixing) == 6
     assert mixing[-1] < mixing[0]
+
+
+def test_thaw_undoes_what_a_stage_froze():
+    config = model_of().config
+    _, trained, frozen = split(abstract(config, parse(r"bitfit@\.mixer\.")))
+    assert all("mixer" in path for path, _ in nnx.to_flat_state(trained))
+    assert frozen
+    assert not split(abstract(config, parse(r"bitfit@\.mixer\.+thaw")))[2]
+    with pytest.raises(UserError, match="thaw: no parameter of this model is frozen"):
+        abstract(config, parse("thaw"))
