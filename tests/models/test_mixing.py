@@ -101,7 +101,8 @@ def test_attentions_matrix_is_what_it_does(name):
     np.testing.assert_allclose(matrices.sum(-1), 1, rtol=1e-6)
     values, whole = jax.jit(lambda mixer, x: (mixer.projected(x, SEGMENTS)[2], mixer(x, None, SEGMENTS)[0]))(mixer, x)
     y = np.einsum("bnts,bsnh->btnh", matrices, np.asarray(values, np.float64)).reshape(B, T, -1)
-    y = y @ np.asarray(mixer.o.weight[...], np.float64)
+    output: Any = mixer.o.weight
+    y = y @ np.asarray(output[...], np.float64)
     np.testing.assert_allclose(whole, y, rtol=1e-4, atol=1e-5)
 
 

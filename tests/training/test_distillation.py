@@ -479,14 +479,15 @@ def test_a_chain_of_stages_goes_on_where_it_was_interrupted(experiment, tmp_path
     teacher = tmp_path / "teacher"
     train(dataclasses.replace(experiment, model=ModelConfig(width=16, layers=2, pattern=(attention,))), teacher)
     out = tmp_path / "out"
-    command = ["distill", str(teacher), "xlstm", "--recipe", "mohawk", "--stage-steps", "6,4,3", "--mesh.data", "1"]
+    command = ["distill", str(teacher), "xlstm", "--recipe", "mohawk", "--stage-steps", "20,4,3", "--mesh.data", "1"]
     command += ["--model.width", "16", "--model.layers", "2", "--model.pattern.0.mixer.heads", "2"]
-    command += ["--loop.batch-size", "8", "--loop.log-every", "1", "--loop.checkpoint-every", "2", "--out", str(out)]
+    command += ["--model.pattern.0.mixer.input-bias", "0", "--optimizer.learning-rate", "0.03"]
+    command += ["--loop.batch-size", "8", "--loop.log-every", "1", "--loop.checkpoint-every", "10", "--out", str(out)]
     stages = [out.with_name("out-mohawk-mixing"), out.with_name("out-mohawk-blocks"), out]
     assert main([*command, "--max-steps", "3"]) == 0
     assert [path.exists() for path in stages] == [True, False, False]
     assert main(command) == 0
-    assert [json.loads((path / "summary.json").read_text())["steps"] for path in stages] == [6, 4, 3]
+    assert [json.loads((path / "summary.json").read_text())["steps"] for path in stages] == [20, 4, 3]
     its, *found = (values(load(path).model()) for path in (teacher, *stages))
     copied = [name for name in its if ".channel." in name or "norm" in name or name == "embedding.weight"]
     for name in copied:
@@ -496,8 +497,8 @@ def test_a_chain_of_stages_goes_on_where_it_was_interrupted(experiment, tmp_path
     assert not np.array_equal(found[0]["periods.blocks.0.mixer.q.weight"], found[1]["periods.blocks.0.mixer.q.weight"])
     lines = [json.loads(line) for line in (stages[0] / "metrics.jsonl").read_text().splitlines()]
     mixing = [line["mixing"] for line in lines if "mixing" in line]
-    assert len(mixing) == 6
-    assert mixing[-1] < mixing[0]
+    assert len(mixing) == 20
+    assert np.mean(mixing[-3:]) < 0.8 * np.mean(mixing[:3])
 
 
 def test_thaw_undoes_what_a_stage_froze():

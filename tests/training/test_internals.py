@@ -98,7 +98,7 @@ def test_scores_and_relations_in_float64():
 
     @jax.jit
     def found(mine, its, x, y):
-        blocks = [(mine.block(1), x), (its.block(0), y)]
+        blocks = (mine.block(1), x), (its.block(0), y)
         both: list[Any] = [block.mixer.projected(block.mixer_input(z), SEGMENTS) for block, z in blocks]
         v1 = relation_divergence(*blocks, SEGMENTS, kinds=("qk", "vv"), heads=None)
         v2 = relation_divergence(*blocks, SEGMENTS, kinds=("qq", "kk", "vv"), heads=4)

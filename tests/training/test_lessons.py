@@ -73,7 +73,7 @@ def test_lessons_are_the_teachers_likeliest_tokens(trained, kept):
     expected = np.asarray(logits(saved.params), np.float64) / 2
     p = np.exp(expected - expected.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
-    found = opened(experiment).rows(asked)
+    found: Any = opened(experiment).rows(asked)
     order = np.argsort(-p, axis=-1, kind="stable")
     likeliest = np.take_along_axis(p, order[..., :TOP_K], -1)
     assert found[IDS].shape == (4, 16, TOP_K)
