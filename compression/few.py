@@ -15,7 +15,7 @@ from phyla.compression.rule import Applied, Method, Rule
 from phyla.models.beginnings import EncodedPrompt, LearnedState, Prompt
 from phyla.models.errors import UserError
 from phyla.models.language_model import LanguageModel
-from phyla.models.weights import freeze
+from phyla.models.weights import freeze, trainable, unfreeze
 
 BIASES = r"(^|[._])bias$|mixer\.[wav]0$"
 """What is added to the output of a matrix, a convolution or a norm; an RWKV-7's w0, a0 and v0 to its low-rank maps."""
@@ -45,6 +45,27 @@ class BitFit(Rule):
             each.set_metadata(trainable=True)
         left = {place.name: "frozen" for place in chosen if place.name not in found}
         return Applied(model, left, tuple(found))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thaw(Rule):
+    """All parameters are trained again. What is of few bits is none."""
+
+    @property
+    def method(self) -> str:
+        """See `Rule.method`."""
+        return "thaw"
+
+    def apply(self, model: LanguageModel, chosen: list[matrices.Place], moments: Moments, key: jax.Array) -> Applied:
+        """See `Rule.apply`. Raises UserError if none is frozen."""
+        if self.only:
+            raise UserError(f"thaw is for the whole model: leave @{self.only} out")
+        found = nnx.to_flat_state(nnx.state(model, nnx.Param))
+        frozen = [matrices.dotted(path) for path, each in found if not trainable(path, each)]
+        if not frozen:
+            raise UserError("thaw: no parameter of this model is frozen")
+        unfreeze(model)
+        return Applied(model, {place.name: "not frozen" for place in chosen if place.name not in frozen}, tuple(frozen))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,5 +127,6 @@ METHODS = {
     **_begin("prompt", "trains the embeddings of 16 virtual tokens before the text"),
     **_begin("ptuning", "the same through a small network"),
     "bitfit": Method("bitfit", lambda _, only: BitFit(only=only), "trains biases alone"),
+    "thaw": Method("thaw", lambda _, only: Thaw(only=only), "trains all parameters again, after bitfit or a stage"),
 }
 """See `phyla.compression.recipes`."""

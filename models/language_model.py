@@ -66,7 +66,7 @@ class Block(nnx.Module):
         """The residual stream, float32 [B, T, D], and the shared value; both again, the block's state, its routing."""
         mixer_state, channel_state = before = (None, None) if state is None else state
         routing = None
-        inputs = self._input(x, self.mixer_norm), mixer_state, segment_ids
+        inputs = self.mixer_input(x), mixer_state, segment_ids
         if self.mixer.shares_value:
             y, mixer_state, value = self.mixer(*inputs, value)
         else:
@@ -80,6 +80,10 @@ class Block(nnx.Module):
                 y, channel_state = self.channel(*inputs)
             x = self._add(x, y, self.channel_norm)
         return x, value, alike((mixer_state, channel_state), before), routing
+
+    def mixer_input(self, x: jax.Array) -> jax.Array:
+        """What the mixer sees of the residual stream before the block, [B, T, D] in the compute dtype."""
+        return self._input(x, self.mixer_norm)
 
     def _input(self, x: jax.Array, norm: Any) -> jax.Array:
         return (norm(x) if self.norm_first else x).astype(self.dtype)
@@ -167,6 +171,14 @@ class LanguageModel(nnx.Module):
             self.pooler = Linear((D, D), ("embed", "embed_out"), rngs, bias=True)
         if config.head_bias:
             self.head_bias = parameter(constant(0.0), (config.vocab_size,), ("vocab",), rngs)
+
+    def block(self, index: int) -> Block:
+        """Block number `index`, from 0, with its own parameters."""
+        if index < len(self.prefix):
+            return self.prefix[index]
+        repeat, place = divmod(index - len(self.prefix), len(self.config.pattern))
+        stored = repeat // (self.config.repeats // (self.config.groups or self.config.repeats))
+        return jax.tree.map(lambda leaf: leaf[stored], self.periods.blocks[place])
 
     def initial_state(self, batch: int, length: int) -> ModelState:
         """The state before the first token, with room for `length` tokens where a mixer keeps them all."""

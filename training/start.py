@@ -35,7 +35,7 @@ class Start(NamedTuple):
     own: tuple[Rule, ...]
     """What is done to it before it is trained."""
     teacher: Saved | None
-    """What is distilled into it."""
+    """What is distilled into it; without its arrays if its lessons are kept (`distillation.cache`)."""
 
     @property
     def recipes(self) -> tuple[Rule, ...]:
@@ -91,7 +91,8 @@ class Start(NamedTuple):
         elif self.teacher is not None and self.experiment.distillation.copy:
             graphdef = nnx.split(abstract(config, ()))[0]
             student = nnx.merge(graphdef, jax.jit(lambda: nnx.split(new())[1])())
-            model, copied, left = initialise_from(student, self.teacher.model())
+            teacher = self.teacher if self.experiment.distillation.cache is None else load(self.teacher.folder)
+            model, copied, left = initialise_from(student, teacher.model())
             note(summary(copied, left))
         else:
             return jax.jit(lambda: split(prepared(new(), self.experiment))[1:], out_shardings=(params, frozen))()
@@ -136,7 +137,8 @@ def start(experiment: Experiment) -> Start:
         raise UserError(
             f"{adapters[-1]} would freeze what {adapters[0]} learns: train one, then the other from its run"
         )
-    teacher = None if experiment.teacher is None else load(Path(experiment.teacher))
+    kept = experiment.distillation.cache is not None
+    teacher = None if experiment.teacher is None else load(Path(experiment.teacher), arrays=not kept)
     if teacher is not None and experiment.model.vocab_size is None:
         vocab_size = teacher.model().config.vocab_size
         model = dataclasses.replace(experiment.model, vocab_size=vocab_size)

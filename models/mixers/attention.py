@@ -10,6 +10,8 @@ from einops import rearrange
 from flax import nnx
 
 from phyla.kernels.attention import Tokens, attention
+from phyla.kernels.attention.mask import linear_bias, seen
+from phyla.kernels.attention.xla import HIDDEN
 from phyla.models.config import LayerConfig, ModelConfig
 from phyla.models.cursor import Cursor, advance, start
 from phyla.models.errors import UserError, check_divides
@@ -85,6 +87,10 @@ class AttentionConfig(LayerConfig):
         seen = window - window * window / (2 * length) if self.causal else window
         return 4 * self.heads * self.resolved_head_dim(model) * seen
 
+    def mixing_heads(self, model: ModelConfig) -> int:
+        """See `LayerConfig.mixing_heads`."""
+        return self.heads
+
 
 class Cache(NamedTuple):
     """Keys and values of earlier tokens: all of them, or the last `window`."""
@@ -152,19 +158,9 @@ class Attention(Layer):
         A cache made for S tokens holds S: feeding it more is the caller's error and is not detected under jit.
         Raises UserError for a cache on bidirectional attention.
         """
-        config = self.config
-        B, T, _ = x.shape
-        q_BxTxNxH = rearrange(self.q(x), "b t (n h) -> b t n h", n=self.heads)
-        k_BxTxKxH = rearrange(self.k(x), "b t (n h) -> b t n h", n=self.kv_heads)
-        v_BxTxKxH = rearrange(self.v(x), "b t (n h) -> b t n h", n=self.kv_heads)
-        if config.qk_norm:
-            q_BxTxNxH = self.q_norm(q_BxTxNxH).astype(x.dtype)
-            k_BxTxKxH = self.k_norm(k_BxTxKxH).astype(x.dtype)
-        _, positions_BxT, cursor = advance(state and state.cursor, segment_ids, B, T)
-        if config.positions == "rope":
-            q_BxTxNxH = rotate(q_BxTxNxH, positions_BxT, config.rope_base, config.rope_scaling)
-            k_BxTxKxH = rotate(k_BxTxKxH, positions_BxT, config.rope_base, config.rope_scaling)
-
+        config, T = self.config, x.shape[1]
+        _, positions_BxT, cursor = advance(state and state.cursor, segment_ids, *x.shape[:2])
+        q_BxTxNxH, k_BxTxKxH, v_BxTxKxH = self._projected(x, positions_BxT)
         if state is not None and not config.causal:
             raise UserError("bidirectional attention has no cache: call it with state=None")
         token_T = jnp.arange(T, dtype=jnp.int32) + (0 if state is None else state.length)
@@ -189,6 +185,44 @@ class Attention(Layer):
         )
         return self.o(rearrange(y_BxTxNxH, "b t n h -> b t (n h)")), state
 
+    def projected(self, x: jax.Array, segment_ids: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values of x [B, T, D], [B, T, N, H] each: those that several heads share are repeated."""
+        q, k, v = self._projected(x, advance(None, segment_ids, *x.shape[:2])[1])
+        k, v = (jnp.repeat(part, self.heads // self.kv_heads, axis=2) for part in (k, v))
+        return q, k, v
+
+    def seen(self, x: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+        """Which tokens a token attends to, bool [1 or B, T, T]."""
+        tokens = _tokens(advance(None, segment_ids, *x.shape[:2])[1], segment_ids is not None)
+        return seen(tokens, tokens, self.config.causal, self.config.window)
+
+    def scores(self, x: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+        """What the softmax is of, float32 [B, N, T, T]; of tokens that are not `seen` -1e30."""
+        q, k, _ = self.projected(x, segment_ids)
+        scores_BxNxTxT = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32) * self.head_dim**-0.5
+        if self.config.positions == "alibi":
+            tokens = _tokens(jnp.zeros(x.shape[:2], jnp.int32), False)
+            scores_BxNxTxT += linear_bias(alibi_slopes(self.heads), tokens, tokens)
+        return jnp.where(self.seen(x, segment_ids)[:, None], scores_BxNxTxT, HIDDEN)
+
+    def mixing(self, x: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+        """See `Layer.mixing`."""
+        return jax.nn.softmax(self.scores(x, segment_ids), axis=-1)
+
+    def _projected(self, x: jax.Array, positions_BxT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """q [B, T, N, H], k and v [B, T, K, H], normalised and rotated."""
+        config = self.config
+        q_BxTxNxH = rearrange(self.q(x), "b t (n h) -> b t n h", n=self.heads)
+        k_BxTxKxH = rearrange(self.k(x), "b t (n h) -> b t n h", n=self.kv_heads)
+        v_BxTxKxH = rearrange(self.v(x), "b t (n h) -> b t n h", n=self.kv_heads)
+        if config.qk_norm:
+            q_BxTxNxH = self.q_norm(q_BxTxNxH).astype(x.dtype)
+            k_BxTxKxH = self.k_norm(k_BxTxKxH).astype(x.dtype)
+        if config.positions == "rope":
+            q_BxTxNxH = rotate(q_BxTxNxH, positions_BxT, config.rope_base, config.rope_scaling)
+            k_BxTxKxH = rotate(k_BxTxKxH, positions_BxT, config.rope_base, config.rope_scaling)
+        return q_BxTxNxH, k_BxTxKxH, v_BxTxKxH
+
     def _extend(self, state: Cache, new: tuple) -> tuple[tuple, tuple]:
         """What the new tokens may look at, and what the cache keeps: (k, v, began, token) each."""
         old = state.k, state.v, state.began, state.token
@@ -205,6 +239,11 @@ class Attention(Layer):
             return seen, seen
         # A window's cache is short: append, look, keep the end.
         return seen, jax.tree.map(lambda s: s[more:] if s.ndim == 1 else s[:, more:], seen)
+
+
+def _tokens(positions_BxT: jax.Array, packed: bool) -> Tokens:
+    token_T = jnp.arange(positions_BxT.shape[1], dtype=jnp.int32)
+    return Tokens(token_T, token_T - positions_BxT if packed else None)
 
 
 def rotate(
