@@ -20,7 +20,10 @@ from phyla.models.weights import Weight, parameter, unfreeze
 
 @dataclass(frozen=True, kw_only=True)
 class Merge(Rule):
-    """Every adapter becomes one dense matrix with what it wraps, and nothing is frozen any more."""
+    """Every adapter becomes one dense matrix with what it wraps, a subspace the parameters that it moved.
+
+    Nothing is frozen any more.
+    """
 
     @property
     def method(self) -> str:
@@ -29,11 +32,17 @@ class Merge(Rule):
 
     def apply(self, model: LanguageModel, chosen: list[matrices.Place], moments: Moments, key: jax.Array) -> Applied:
         """See `Rule.apply`. Raises UserError if there is nothing to merge, or an adapter is no matrix."""
+        dense = {place.path: place for place in matrices.places(sizes.abstract(model.config))}
+        moved = () if model.subspace is None else model.subspace.paths
+        if moved:
+            model = nnx.jit(LanguageModel.moved)(model)
+            for path, each in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+                if path in dense:
+                    each.set_metadata(precise=dense[path].value.get_metadata()["precise"])
         held = {path: each for path, each in matrices.weights(model).items() if isinstance(each, Adapter)}
         found = {path: each for path, each in held.items() if re.search(self.only, matrices.dotted(path))}
-        if not found:
+        if not found and not moved:
             raise UserError(f"{self}: there is no adapter in this model" + (" at such a path" if held else ""))
-        dense = {place.path: place for place in matrices.places(sizes.abstract(model.config))}
         rounded = 0
         for path, each in found.items():
             if not is_linear(each):
@@ -49,7 +58,7 @@ class Merge(Rule):
         unfreeze(model)
         left = {place.name: "no adapter is on it" for place in chosen}
         note = f"{rounded} weights of few bits were made dense to be merged; round them again for less" * (rounded > 0)
-        return Applied(model, left, tuple(map(matrices.dotted, found)), note)
+        return Applied(model, left, tuple(map(matrices.dotted, {**found, **dict.fromkeys(moved)})), note)
 
 
 def is_linear(weight: nnx.Param | Weight) -> bool:

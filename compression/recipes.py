@@ -16,6 +16,7 @@ from phyla.compression import (
     entropy,
     factorise,
     few,
+    intrinsic,
     merge,
     mixed,
     pack,
@@ -44,6 +45,7 @@ MODULES = (
     entropy,
     adapters,
     few,
+    intrinsic,
     merge,
 )
 METHODS = {name: method for module in MODULES for name, method in module.METHODS.items()}

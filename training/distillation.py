@@ -195,7 +195,7 @@ def block_distance(model: LanguageModel, streams: jax.Array, segment_ids: jax.Ar
         streams: the teacher's residual stream [L + 1, B, T, D].
         segment_ids: [B, T].
     """
-    value, distance = None, jnp.zeros(segment_ids.shape)
+    model, value, distance = model.moved(), None, jnp.zeros(segment_ids.shape)
 
     def squared(y: jax.Array, wanted: jax.Array) -> jax.Array:
         return jnp.mean(jnp.square(y - wanted), axis=-1)
