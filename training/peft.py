@@ -155,7 +155,9 @@ def import_peft(source: Path, base: Path, out: Path) -> None:
 def _rule(source: Path, config: dict, paths: set[str]) -> Rule:
     """The recipe that makes room for it."""
     refused = {"modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}, "layers_to_transform": None}
-    for flag, value in (refused | {"bias": "none", "fan_in_fan_out": False}).items():
+    refused |= {"bias": "none", "fan_in_fan_out": False, "lora_bias": False, "use_qalora": False, "use_bdlora": False}
+    refused |= {"layer_replication": None, "alora_invocation_tokens": None, "trainable_token_indices": None}
+    for flag, value in refused.items():
         if config.get(flag, value) not in (value, None):
             raise UserError(f"{source / CONFIG}: {flag} is {json.dumps(config[flag])}; supported: {json.dumps(value)}")
     if not paths:
