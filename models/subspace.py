@@ -89,20 +89,22 @@ def signs(v: jax.Array, key: jax.Array, size: int) -> jax.Array:
 def fastfood(v: jax.Array, key: jax.Array, size: int) -> jax.Array:
     """P v for P of blocks H G Π H B (Le et al. 2013, section 3; Aghajanyan et al. 2020, equation 2).
 
-    Every block has as many rows as the next power of two n ≥ d, to which v is filled with zeros: signs B, a permutation
-    Π and normal numbers G, all drawn for it alone, and a Hadamard matrix H. As large as `signs`.
+    Every block has as many rows as the next power of two n ≥ d, to which v is filled with zeros: a Hadamard matrix H,
+    signs B and normal numbers G drawn for it alone, and a permutation Π that all share (to draw one is to sort). As
+    large as `signs`.
     """
     n = 1 << (len(v) - 1).bit_length()
     filled = jnp.pad(v, (0, n - len(v)))
+    for_order, for_blocks = jax.random.split(key)
+    order = jax.random.permutation(for_order, n)
 
     def block(key: jax.Array) -> jax.Array:
-        for_B, for_order, for_G = jax.random.split(key, 3)
+        for_B, for_G = jax.random.split(key)
         B = jax.random.rademacher(for_B, (n,), jnp.float32)
         G = jax.random.normal(for_G, (n,))
-        x = hadamard(B * filled)[jax.random.permutation(for_order, n)]
-        return hadamard(x * G) * jax.lax.rsqrt(jnp.sum(jnp.square(G)))
+        return hadamard(hadamard(B * filled)[order] * G) * jax.lax.rsqrt(jnp.sum(jnp.square(G)))
 
-    return _by_blocks(block, key, size, n, max(1, AT_ONCE // n)) * (n / math.sqrt(size))
+    return _by_blocks(block, for_blocks, size, n, max(1, AT_ONCE // n)) * (n / math.sqrt(size))
 
 
 def _by_blocks(block: Callable[[jax.Array], jax.Array], key: jax.Array, size: int, rows: int, at_once: int) -> Any:

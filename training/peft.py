@@ -28,9 +28,8 @@ from phyla.models.formats.folder import read_json
 from phyla.models.formats.source import place
 from phyla.models.formats.table import Format
 from phyla.training import run
-from phyla.training.checkpoints import Checkpoints
+from phyla.training.adapters import save_on_base
 from phyla.training.saved import load
-from phyla.training.step import split
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -145,11 +144,7 @@ def import_peft(source: Path, base: Path, out: Path) -> None:
             _set(held[module.path], module.layer, name, tensors[key])
     if left:
         raise UserError(f"{source}: {min(left)} has no place in {base}")
-    run.create(out, experiment, run.read_record(base)["tokenizer"], compression=(*saved.recipes, rule))
-    if saved.own_tokenizer is not None:
-        saved.own_tokenizer.save(out / "tokenizer")
-    with Checkpoints(out, frozen=False) as checkpoints:
-        checkpoints.save_params(split(model)[1])
+    save_on_base(out, experiment, saved, (rule,), model)
 
 
 def _rule(source: Path, config: dict, paths: set[str]) -> Rule:

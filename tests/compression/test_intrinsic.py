@@ -43,10 +43,11 @@ def dense_fastfood(d: int, size: int) -> np.ndarray:
     """P [size, d]: H G Π H B as matrices, by blocks, from the same draws."""
     n = 2 ** math.ceil(math.log2(d))
     H, blocks = sylvester(n), []
-    for key in jax.random.split(KEY, -(-size // n)):
-        for_B, for_order, for_G = jax.random.split(key, 3)
+    for_order, for_blocks = jax.random.split(KEY)
+    order = np.eye(n)[np.asarray(jax.random.permutation(for_order, n))]
+    for key in jax.random.split(for_blocks, -(-size // n)):
+        for_B, for_G = jax.random.split(key)
         B = np.diag(np.asarray(jax.random.rademacher(for_B, (n,), jnp.float32), np.float64))
-        order = np.eye(n)[np.asarray(jax.random.permutation(for_order, n))]
         g = np.asarray(jax.random.normal(for_G, (n,)), np.float64)
         blocks.append(H @ np.diag(g) @ order @ H @ B / math.sqrt(n * np.sum(g**2)))
     # Each block is as long as v; D / n of them together are made so.

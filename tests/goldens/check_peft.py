@@ -3,8 +3,8 @@
     pip install torch transformers peft safetensors     # in an environment of its own
     python tests/goldens/check_peft.py BASE ADAPTER ...
 
-BASE is a folder that `phyla export RUN BASE` wrote; each ADAPTER is one of `phyla export RUN ADAPTER --format peft`, with
-an io.safetensors of `phyla logits` in it: input_ids and logits. Prints how far the logits of PEFT's model are from
+BASE is a folder that `phyla export RUN BASE` wrote; each ADAPTER is one of `phyla export RUN ADAPTER --format peft`,
+with an io.safetensors in it: input_ids, and the logits that `phyla logits RUN` gives. Prints how far the logits of PEFT's model are from
 those; exits with 1 if that is more than 2e-4 anywhere, if the adapter does nothing, or if one of its tensors is
 missing or unexpected.
 """
@@ -41,7 +41,9 @@ def main(arguments: list[str]) -> int:
         difference = (found - io["logits"]).abs().max().item()
         moved = (found - without).abs().max().item()
         right = difference <= TOLERANCE < moved  # not so for a NaN
-        print(f"{folder}: max |Δ| {difference:.1e} (the adapter moves logits by {moved:.2g}){'' if right else ' wrong'}")
+        print(
+            f"{folder}: max |Δ| {difference:.1e} (the adapter moves logits by {moved:.2g}){'' if right else ' wrong'}"
+        )
         status = max(status, 0 if right else 1)
     return status
 
