@@ -157,7 +157,7 @@ class Prompt(Beginning):
 class EncodedPrompt(Prompt):
     """Virtual tokens that a network makes of vectors: P-tuning (Liu et al. 2021, arXiv 2103.10385), with PEFT's MLP."""
 
-    def __init__(self, shape: tuple[int, int], precise: str, rngs: nnx.Rngs):
+    def __init__(self, shape: tuple[int, ...], precise: str, rngs: nnx.Rngs):
         """Begins with vectors [n, E] of this shape at random."""
         super().__init__(normal(1.0)(rngs.params(), shape), precise)
         E = shape[-1]

@@ -4,9 +4,10 @@
     python tests/goldens/check_peft.py BASE ADAPTER ...
 
 BASE is a folder that `phyla export RUN BASE` wrote; each ADAPTER is one of `phyla export RUN ADAPTER --format peft`,
-with an io.safetensors in it: input_ids, and the logits that `phyla logits RUN` gives. Prints how far the logits of PEFT's model are from
-those; exits with 1 if that is more than 2e-4 anywhere, if the adapter does nothing, or if one of its tensors is
-missing or unexpected.
+with an io.safetensors in it: input_ids, and the logits that `phyla logits RUN` gives.
+
+Prints how far the logits of PEFT's model are from those; exits with 1 if that is more than 2e-4 anywhere, if an adapter
+does nothing, or if one of its tensors is missing or unexpected.
 """
 # pyright: reportMissingImports=false
 
