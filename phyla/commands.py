@@ -25,6 +25,7 @@ class Compare:
       phyla compare transformer mamba --seeds 3
       phyla compare --budget-minutes 8 --parameters 2000000
       phyla compare --compress int8 nf4 gptq-int4
+      phyla compare --compress int4 --beside runs/mamba-qat-int4
     """
 
     names: Annotated[tuple[str, ...], Positional, arg(metavar="[NAME ...]")] = configs.SMALL
@@ -39,6 +40,8 @@ class Compare:
     """Instead of tokens: minutes of training for all runs together, on this machine."""
     compress: tuple[str, ...] = ()
     """Recipes (`phyla compress --list`): each makes a smaller model of every architecture's first run."""
+    beside: tuple[Path, ...] = ()
+    """Runs to stand beside them in the report, however they were made: distilled, retrained, quantization-aware."""
     out: Path | None = None
     """Folder of the report and the runs; None: runs/compare, with the names if any were given."""
     json: Path | None = None
@@ -60,6 +63,7 @@ def compare(arguments: Sequence[str]) -> None:
         tokens=options.tokens,
         budget_minutes=options.budget_minutes,
         compress=options.compress,
+        beside=options.beside,
         json=options.json,
     )
 

@@ -28,6 +28,7 @@ from phyla.models.weights import Weight, materialize
 from phyla.training import activations, plots, run
 from phyla.training.checkpoints import CODED, Checkpoints
 from phyla.training.data.pipeline import prepare
+from phyla.training.data.tokenizers import check_match
 from phyla.training.divergence import divergences
 from phyla.training.progress import Reporter
 from phyla.training.saved import Saved, load, make_asker
@@ -171,6 +172,24 @@ def compress_run(
     if read:
         Console(highlight=False).print(activations.table(read[0]))
     return record
+
+
+def rows_beside(original: Saved, other: Saved, validation_tokens: int | None = None) -> list[dict[str, Any]]:
+    """The rows of a run and of another that stands beside it, as `compress_run` makes them of a recipe.
+
+    The other may have been trained: distilled, retrained after pruning, quantization-aware.
+
+    Raises UserError if they do not read text alike.
+    """
+    check_match(original.tokenizer.fingerprint(), other.tokenizer.fingerprint())
+    models = [saved.model() for saved in (original, other)]
+    rows = [dataclasses.asdict(size(model)) for model in models]
+    _compare(original, models, rows, validation_tokens)
+    for row, saved in zip(rows, (original, other), strict=True):
+        row["bytes_on_disk"] = _on_disk(saved.folder, saved.step)
+        if not saved.experiment.model.bidirectional:
+            row |= _speed(saved)
+    return rows
 
 
 def _measured(saved: Saved, calibration: Calibration, model: LanguageModel, measure: Measure) -> Moments:
