@@ -63,7 +63,7 @@ def test_against_numpy(implementation, cached, causal, window, sparse, alibi, pa
     began_k = np.where(np.arange(S) < 20, 0, 20) * packed * np.ones((B, 1), int)
     began_q = began_k[:, index_q]
     slopes = np.asarray([0.5, 0.1, 0.02, 0.3]) * alibi
-    wanted = expected(q, k, v, began_q, began_k, index_q, index_k, causal, window, *sparse, slopes)
+    wanted = expected(q, k, v, began_q, began_k, index_q, index_k, causal, window, sparse[0], sparse[1], slopes)
     keys = Tokens(jnp.asarray(index_k), jnp.asarray(began_k) if packed or cached else None)
     queries = Tokens(jnp.asarray(index_q), jnp.asarray(began_q)) if cached else keys
 
