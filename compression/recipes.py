@@ -24,6 +24,7 @@ from phyla.compression import (
     qat,
     quantize,
     rotate,
+    state,
     structure,
 )
 from phyla.compression.rule import Rule
@@ -43,6 +44,7 @@ MODULES = (
     depth,
     factorise,
     entropy,
+    state,
     adapters,
     few,
     intrinsic,

@@ -9,6 +9,7 @@ from flax import nnx
 from phyla.models.config import Activation, BlockConfig, ModelConfig
 from phyla.models.cursor import Cursor, advance, start
 from phyla.models.errors import UserError
+from phyla.models.held import alike, empty
 from phyla.models.layers import ACTIVATIONS, Embedding, Linear, build_norm
 from phyla.models.weights import constant, materialize, orthogonal, parameter, uniform
 
@@ -48,6 +49,11 @@ class Block(nnx.Module):
         channel = self.channel.initial_state(batch, length) if self.has_channel else None
         return self.mixer.initial_state(batch, length), channel
 
+    def in_few_bits(self, state: tuple[Any, Any]) -> tuple[Any, Any]:
+        """An empty state with what its mixer holds as codes; it may be stacked. Channel mixers remember little."""
+        mixer, channel = state
+        return empty(mixer, {name: self.mixer.memory[name] for name in self.mixer.held}), channel
+
     def with_room(self, state: tuple[Any, Any], length: int) -> tuple[Any, Any]:
         """See `Layer.with_room`."""
         mixer, channel = state
@@ -58,7 +64,7 @@ class Block(nnx.Module):
         self, x: jax.Array, value: jax.Array | None, state: Any, segment_ids: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None, Any, Any]:
         """The residual stream, float32 [B, T, D], and the shared value; both again, the block's state, its routing."""
-        mixer_state, channel_state = (None, None) if state is None else state
+        mixer_state, channel_state = before = (None, None) if state is None else state
         routing = None
         inputs = self._input(x, self.mixer_norm), mixer_state, segment_ids
         if self.mixer.shares_value:
@@ -73,7 +79,7 @@ class Block(nnx.Module):
             else:
                 y, channel_state = self.channel(*inputs)
             x = self._add(x, y, self.channel_norm)
-        return x, value, (mixer_state, channel_state), routing
+        return x, value, alike((mixer_state, channel_state), before), routing
 
     def _input(self, x: jax.Array, norm: Any) -> jax.Array:
         return (norm(x) if self.norm_first else x).astype(self.dtype)
@@ -166,16 +172,20 @@ class LanguageModel(nnx.Module):
 
     def initial_state(self, batch: int, length: int) -> ModelState:
         """The state before the first token, with room for `length` tokens where a mixer keeps them all."""
-        if self.beginning is not None:
-            return self.beginning.state(self.moved(), batch, length)
-        return self.empty_state(batch, length)
+        floats = self.empty_state(batch, length)
+        held = ModelState(
+            prefix=tuple(map(Block.in_few_bits, self.prefix, floats.prefix)),
+            blocks=tuple(map(Block.in_few_bits, self.periods.blocks, floats.blocks)),
+            cursor=floats.cursor,
+        )
+        return held if self.beginning is None else alike(self.beginning.state(self.moved(), batch, length), held)
 
     def moved(self) -> "LanguageModel":
         """With the parameters that it has where its subspace has moved them; itself if it has no subspace."""
         return self if self.subspace is None else self.subspace.moved(self)
 
     def empty_state(self, batch: int, length: int) -> ModelState:
-        """`initial_state` with nothing learned."""
+        """`initial_state` with nothing learned, and all of it floats."""
 
         def stacked(block: Block) -> Any:
             state = block.initial_state(batch, length)

@@ -1,5 +1,6 @@
 """What mixers and channel mixers are, and the layers that hold parameters: linear maps, embeddings and norms."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -40,6 +41,14 @@ class Layer(nnx.Module):
     """Takes the value of the first such layer, or None, as a fourth argument and returns it third (RWKV-7)."""
     routes: ClassVar[bool] = False
     """Returns a `Routing` third (mixtures of experts)."""
+    memory: ClassVar[Mapping[str, tuple[int, ...]]] = {}
+    """The parts of its state that 8 bits do for, by their paths in it, and the axes along which they share a scale.
+
+    They are what is large. Tails of convolutions, shifted tokens, normalisers and stabilisers are not: a call uses them
+    once, or divides by them, and they are small.
+    """
+    held: tuple[str, ...] = ()
+    """Those of them that are codes between calls (`phyla.models.held`)."""
 
     def initial_state(self, batch: int, length: int) -> Any:
         """The state before the first token, with room for `length` tokens if it keeps them all; None: stateless."""

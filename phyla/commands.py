@@ -254,12 +254,15 @@ def compress(arguments: Sequence[str]) -> None:
     chosen = recipes.parse("+".join(options.recipe))
     assert options.run is not None
     assert options.out is not None
-    from phyla.training.compress import Calibration, compress_run
+    from phyla.training.compress import Calibration, compress_run, show
 
     given = {"source": options.calibration, "tokens": options.tokens}
     given = {name: value for name, value in given.items() if value is not None}
     calibration = Calibration(**given) if given else None
-    compress_run(options.run, chosen, options.out, calibration=calibration, speed=options.speed, json=options.json)
+    record = compress_run(
+        options.run, chosen, options.out, calibration=calibration, speed=options.speed, json=options.json
+    )
+    show(options.out, record)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from phyla.kernels.attention import Tokens, attention
 from phyla.models.config import LayerConfig, ModelConfig
 from phyla.models.cursor import Cursor, advance, start
 from phyla.models.errors import UserError, check_divides
+from phyla.models.held import alike, floats
 from phyla.models.layers import Layer, Linear, RMSNorm
 from phyla.models.weights import fan_in
 
@@ -120,6 +121,8 @@ class Cache(NamedTuple):
 class Attention(Layer):
     """See `AttentionConfig`."""
 
+    memory: ClassVar = {"k": (-1,), "v": (-1,)}  # a scale for each token and head
+
     def __init__(self, config: AttentionConfig, model: ModelConfig, rngs: nnx.Rngs):
         self.config = config
         self.heads = config.heads
@@ -159,8 +162,8 @@ class Attention(Layer):
         def pad(leaf: jax.Array, axis: int, value: int = 0) -> jax.Array:
             return jnp.pad(leaf, [at if i == axis else (0, 0) for i in range(leaf.ndim)], constant_values=value)
 
-        k, v, began, token = pad(state.k, 1), pad(state.v, 1), pad(state.began, 1), pad(state.token, 0, -1)
-        return state._replace(k=k, v=v, began=began, token=token)
+        k, v, began = jax.tree.map(lambda leaf: pad(leaf, 1), (state.k, state.v, state.began))
+        return state._replace(k=k, v=v, began=began, token=pad(state.token, 0, -1))
 
     def __call__(
         self, x: jax.Array, state: Cache | None = None, segment_ids: jax.Array | None = None
@@ -191,7 +194,8 @@ class Attention(Layer):
         queries = keys = Tokens(token_T, token_T - positions_BxT if packed else None)
         if state is not None:
             new = k_BxTxKxH, v_BxTxKxH, queries.began, token_T
-            (k_BxTxKxH, v_BxTxKxH, began_BxS, token_S), kept = self._extend(state, new)
+            (k, v, began_BxS, token_S), kept = self._extend(state, new)
+            k_BxTxKxH, v_BxTxKxH = floats(k).astype(x.dtype), floats(v).astype(x.dtype)
             keys = Tokens(token_S, began_BxS)
             state = Cache(*kept, length=state.length + T, cursor=cursor)
         y_BxTxNxH = attention(
@@ -211,20 +215,19 @@ class Attention(Layer):
     def _extend(self, state: Cache, new: tuple) -> tuple[tuple, tuple]:
         """What the new tokens may look at, and what the cache keeps: (k, v, began, token) each."""
         old = state.k, state.v, state.began, state.token
-        time = 1, 1, 1, 0
+        new, more = alike(new, old), len(new[-1])
+
+        def extended(o: jax.Array, n: jax.Array) -> jax.Array:
+            n, axis = n.astype(o.dtype), min(1, o.ndim - 1)  # time is the last axis of `token`, else the second
+            if self.config.reach is None:
+                return jax.lax.dynamic_update_slice_in_dim(o, n, state.length, axis)
+            return jnp.concatenate([o, n], axis)
+
+        seen = jax.tree.map(extended, old, new)
         if self.config.reach is None:
-            new = tuple(
-                jax.lax.dynamic_update_slice_in_dim(o, n.astype(o.dtype), state.length, axis)
-                for o, n, axis in zip(old, new, time, strict=True)
-            )
-            return new, new
+            return seen, seen
         # A window's cache is short: append, look, keep the end.
-        seen = tuple(jnp.concatenate([o, n.astype(o.dtype)], axis) for o, n, axis in zip(old, new, time, strict=True))
-        slots = state.token.shape[0]
-        kept = tuple(
-            jax.lax.slice_in_dim(s, s.shape[axis] - slots, None, axis=axis) for s, axis in zip(seen, time, strict=True)
-        )
-        return seen, kept
+        return seen, jax.tree.map(lambda s: s[more:] if s.ndim == 1 else s[:, more:], seen)
 
 
 def rotate(

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +80,8 @@ class Mamba2State(NamedTuple):
 
 class Mamba2(Layer):
     """See `Mamba2Config`."""
+
+    memory: ClassVar = {"ssm": (-1,)}  # a scale for each channel
 
     def __init__(self, config: Mamba2Config, model: ModelConfig, rngs: nnx.Rngs):
         self.config = config

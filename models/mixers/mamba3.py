@@ -13,7 +13,7 @@ document's start. There is no convolution.
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +88,8 @@ class Mamba3State(NamedTuple):
 
 class Mamba3(Layer):
     """See `Mamba3Config`."""
+
+    memory: ClassVar = {"ssm": (-1,)}  # a scale for each channel; k, v and angle are of one token
 
     def __init__(self, config: Mamba3Config, model: ModelConfig, rngs: nnx.Rngs):
         self.config = config

@@ -5,7 +5,7 @@ The initialisation is that of the authors' packages, xlstm and xlstm-jax.
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -123,6 +123,8 @@ class MLSTMBlockState(NamedTuple):
 class MLSTM(Layer):
     """See `MLSTMConfig`."""
 
+    memory: ClassVar = {"memory.0": (-1,)}  # C, a scale for each key; n and m divide it
+
     def __init__(self, config: MLSTMConfig, model: ModelConfig, rngs: nnx.Rngs):
         self.config = config
         D, qk, v, H = model.width, config.qk_width(model), config.v_width(model), config.heads
@@ -172,6 +174,8 @@ class MLSTM(Layer):
 
 class MLSTMBlock(Layer):
     """See `MLSTMBlockConfig`."""
+
+    memory: ClassVar = {"memory.0": (-1,)}  # C, a scale for each key; n and m divide it
 
     def __init__(self, config: MLSTMBlockConfig, model: ModelConfig, rngs: nnx.Rngs):
         self.config = config

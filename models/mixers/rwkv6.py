@@ -5,7 +5,7 @@ The initialisation and the learning rates are those of the authors' model (RWKV-
 
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +80,8 @@ class RWKV6State(NamedTuple):
 
 class RWKV6(Layer):
     """See `RWKV6Config`."""
+
+    memory: ClassVar = {"wkv": (-1,)}  # a scale for each key: what shares it fades alike
 
     def __init__(self, config: RWKV6Config, model: ModelConfig, rngs: nnx.Rngs, layer: jax.Array | int):
         self.width, self.head_dim = D, _ = model.width, config.head_dim

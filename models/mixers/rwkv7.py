@@ -100,6 +100,8 @@ class LowRank(nnx.Module):
 class RWKV7(Layer):
     """See `RWKV7Config`."""
 
+    memory: ClassVar = {"wkv": (-2,)}  # a scale for each key: what shares it fades alike
+
     shares_value: ClassVar[bool] = True
 
     def __init__(self, config: RWKV7Config, model: ModelConfig, rngs: nnx.Rngs, layer: jax.Array | int):
