@@ -58,6 +58,24 @@ class Layer(nnx.Module):
         """A state that is full, with room for `length` tokens more if it keeps them all."""
         return state
 
+    def mixing(self, x: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+        """The matrix M of each head by which values are weighed, y = M v, for x [B, T, D]: float32 [B, H, T, T].
+
+        H is the configuration's `mixing_heads`; where that is None, there are none.
+        """
+        raise TypeError(f"{type(self).__name__} has no mixing matrices")
+
+
+def each_apart(x: jax.Array, heads: int) -> jax.Array:
+    """Values, float32 [B, T, H, T], of which token t's is 1 at t: what a linear mixer makes of them is its matrix."""
+    (B, T, _), own = x.shape, jnp.eye(x.shape[1])
+    return jnp.broadcast_to(own[:, None], (B, T, heads, T))
+
+
+def by_head(y_BxTxHxT: jax.Array) -> jax.Array:
+    """What a mixer made of `each_apart`, as [B, H, T, T] in float32."""
+    return jnp.moveaxis(y_BxTxHxT, 2, 1).astype(jnp.float32)
+
 
 class Linear(nnx.Module):
     """y = x W + b, computed in x's dtype. `weight` (in, out) is a Param or a `Weight`."""

@@ -96,7 +96,7 @@ def compress_run(
     validation_tokens: int | None = None,
     json: Path | None = None,
 ) -> dict[str, Any]:
-    """Applies recipes to a run's last checkpoint and writes the result as another run, with a table of what it cost.
+    """Applies recipes to a run's last checkpoint and writes the result as another run, with figures of what it cost.
 
     Args:
         folder: the run; it may be compressed already.
@@ -169,9 +169,6 @@ def compress_run(
     if errors:
         (out / "errors.png").write_bytes(plots.layer_errors(errors))
     run.write_json(json or out / COMPRESSION, record)
-    _print(out, record)
-    if read:
-        Console(highlight=False).print(activations.table(read[0]))
     return record
 
 
@@ -340,7 +337,8 @@ TABLES = (
 )
 
 
-def _print(out: Path, record: dict[str, Any]) -> None:
+def show(out: Path, record: dict[str, Any]) -> None:
+    """Prints the figures of a run that was made by `compress_run`."""
     console = Console(highlight=False)
     rows = [row | {"zeros": row["zeros"] / row["parameters"]} for row in record["steps"]]
     for columns in TABLES:
@@ -376,3 +374,5 @@ def _print(out: Path, record: dict[str, Any]) -> None:
     if "carried_1" in after:
         said += f", loss {after['carried_1'] / before['carried_1'] - 1:+.2%} when it is carried from token to token"
     console.print(f"{out}: {said}", markup=False, soft_wrap=True)
+    if record["activations"]:
+        console.print(activations.table(record["activations"]))
