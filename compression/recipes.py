@@ -16,6 +16,7 @@ from phyla.compression import (
     entropy,
     factorise,
     few,
+    intrinsic,
     merge,
     mixed,
     pack,
@@ -46,6 +47,7 @@ MODULES = (
     state,
     adapters,
     few,
+    intrinsic,
     merge,
 )
 METHODS = {name: method for module in MODULES for name, method in module.METHODS.items()}

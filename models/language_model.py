@@ -135,6 +135,8 @@ class LanguageModel(nnx.Module):
 
     beginning: Any = None
     """What it remembers before the first token, if that is learned (`phyla.models.beginnings`); None: nothing."""
+    subspace: Any = None
+    """In which all its parameters move together (`phyla.models.subspace`); None: they are what they are."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         if config.vocab_size is None:
@@ -188,7 +190,11 @@ class LanguageModel(nnx.Module):
             blocks=tuple(map(Block.in_few_bits, self.periods.blocks, floats.blocks)),
             cursor=floats.cursor,
         )
-        return held if self.beginning is None else alike(self.beginning.state(self, batch, length), held)
+        return held if self.beginning is None else alike(self.beginning.state(self.moved(), batch, length), held)
+
+    def moved(self) -> "LanguageModel":
+        """With the parameters that it has where its subspace has moved them; itself if it has no subspace."""
+        return self if self.subspace is None else self.subspace.moved(self)
 
     def empty_state(self, batch: int, length: int) -> ModelState:
         """`initial_state` with nothing learned, and all of it floats."""
@@ -247,6 +253,8 @@ class LanguageModel(nnx.Module):
 
         Raises UserError for more tokens than learned positions.
         """
+        if self.subspace is not None:
+            return self.moved().forward(tokens, state, segment_ids, token_types, layers=layers)
         limit, before = self.config.learned_positions, self.beginning.tokens if self.beginning is not None else 0
         if limit and tokens.shape[1] + before > limit:
             after = f" after {before} learned ones" * bool(before)
@@ -267,6 +275,8 @@ class LanguageModel(nnx.Module):
         layers: bool = False,
     ) -> Output:
         """`forward` for vectors [B, T, E] in the place of tokens' embeddings."""
+        if self.subspace is not None:
+            return self.moved().forward_embedded(x, state, segment_ids, token_types, layers=layers)
         x_BxTxD, cursor = self._embed(x, state, segment_ids, token_types)
         value, prefix_states, routings, streams = None, [], [], [x_BxTxD]
         for i, block in enumerate(self.prefix):
@@ -298,6 +308,8 @@ class LanguageModel(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> float32 [..., V]."""
+        if self.subspace is not None:
+            return self.moved().logits(hidden)
         config = self.config
         if config.head_transform:
             hidden = self.head_transform(hidden)
@@ -314,7 +326,7 @@ class LanguageModel(nnx.Module):
 
     def pooled(self, hidden: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, D], for whole sentences: of their first token (Devlin et al. 2019)."""
-        return jnp.tanh(self.pooler(hidden[:, 0]))
+        return jnp.tanh(self.moved().pooler(hidden[:, 0]))
 
     def _embed(self, x_BxTxE, state, segment_ids, token_types) -> tuple[jax.Array, Cursor]:
         """float32 [B, T, D], and the cursor after the tokens."""

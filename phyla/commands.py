@@ -266,6 +266,39 @@ def compress(arguments: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Average:
+    """Makes a run of the mean of runs of one base; only the mean adapter is saved.
+
+    LoRA adapters may have any ranks and matrices: their mean has all their factors. Other recipes must be the same.
+    What a prefix or a prompt was trained through (prefix-16-mlp, ptuning-16) is left out, also of one run alone.
+
+    examples:
+      phyla average runs/letters runs/novels --out runs/both
+      phyla average runs/letters runs/novels --weights 3 1 --out runs/more-letters
+      phyla average runs/prefix-mlp --out runs/prefix
+    """
+
+    runs: Annotated[tuple[Path, ...], Positional, arg(metavar="RUN ...")]
+    """The runs' folders."""
+    out: Path
+    """The new run's folder: new or empty."""
+    weights: tuple[float, ...] | None = None
+    """One for each run; they are divided by their sum. None: all the same."""
+
+    def __post_init__(self):
+        if not self.runs:
+            raise UserError("RUN must be given")
+
+
+def average(arguments: Sequence[str]) -> None:
+    """`phyla average RUN ... --out OUT`."""
+    options = parse(Average, arguments, prog="phyla average")
+    from phyla.training.adapters import average
+
+    average(options.runs, options.out, weights=options.weights)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Import:
     """Makes a run of a model that another library wrote.
 

@@ -124,10 +124,11 @@ class Distillation(nnx.Module):
     def __call__(self, model: LanguageModel, batch: Batch, rng: jax.Array) -> Loss:
         """See `phyla.training.objectives`; the metrics are the terms without their weights."""
         config = self.config
+        model, guide = model.moved(), self.teacher.moved()
         asked = self.ask(batch, rng)
         every_layer = bool(self.pairs or self.layers or config.blocks or config.mixing)
         student = model.forward(asked.tokens, segment_ids=asked.segment_ids, layers=every_layer)
-        teacher = self.teacher.forward(asked.tokens, segment_ids=asked.segment_ids, layers=every_layer)
+        teacher = guide.forward(asked.tokens, segment_ids=asked.segment_ids, layers=every_layer)
         teacher = jax.tree.map(jax.lax.stop_gradient, teacher)
 
         def of_logits(student_BxCxD: jax.Array, teacher_BxCxD: jax.Array, answers_BxC: jax.Array):
@@ -135,7 +136,7 @@ class Distillation(nnx.Module):
             right = negative_log_likelihood(logits, answers_BxC)
             if not config.soft:
                 return right, jnp.zeros_like(right)
-            softly = jax.lax.stop_gradient(self.teacher.logits(teacher_BxCxD))
+            softly = jax.lax.stop_gradient(guide.logits(teacher_BxCxD))
             kind, temperature = config.divergence, config.temperature
             return right, divergence(logits, softly, kind=kind, temperature=temperature, top_k=config.top_k)
 
@@ -164,14 +165,14 @@ class Distillation(nnx.Module):
             terms["blocks"] = config.blocks, total(block_distance(model, its, asked.segment_ids))
         if config.mixing:
             assert its is not None
-            terms["mixing"] = config.mixing, total(mixing_distance(model, self.teacher, its, asked.segment_ids))
+            terms["mixing"] = config.mixing, total(mixing_distance(model, guide, its, asked.segment_ids))
 
         def blocks(layers: tuple[int, int]) -> tuple[tuple[Block, jax.Array], tuple[Block, jax.Array]]:
             """With what enters them."""
             assert mine is not None
             assert its is not None
             i, j = layers[0] - 1, layers[1] - 1
-            return (model.block(i), mine[i]), (self.teacher.block(j), its[j])
+            return (model.block(i), mine[i]), (guide.block(j), its[j])
 
         if config.attention:
             each = (score_distance(*blocks(layers), asked.segment_ids) for layers in self.layers)

@@ -140,7 +140,7 @@ def train(
         compiled = compile_step(step, state, batch, layout, mesh)
         sums = make_evaluate(graphdef, measured)
         reporter.note(_introduction(experiment, folder, mesh, abstract_params))
-        if said := what_is_trained(model):
+        if said := what_is_trained(model, experiment.optimizer):
             reporter.note(f"{experiment.name}: {said}")
         log = Log(
             folder,

@@ -20,8 +20,9 @@ from phyla.models import sizes
 from phyla.models.adapted import Adapter
 from phyla.models.errors import UserError
 from phyla.models.language_model import LanguageModel
-from phyla.training.config import Experiment
+from phyla.training.config import Experiment, OptimizerConfig
 from phyla.training.data.tokenizers import Tokenizer, make_tokenizer
+from phyla.training.optimizer import state_bytes
 from phyla.training.saved import Saved, load, prepared
 from phyla.training.step import split
 from phyla.training.transfer import initialise_from, summary
@@ -99,16 +100,19 @@ class Start(NamedTuple):
         return jax.device_put(split(prepared(model, self.experiment))[1:], (params, frozen))
 
 
-def what_is_trained(model: LanguageModel) -> str:
-    """How many parameters are trained if not all are; with adapters, for each kind of layer how much of it has one.
+def what_is_trained(model: LanguageModel, optimizer: OptimizerConfig) -> str:
+    """How many parameters are trained if not all are, and the bytes that the optimizer keeps for them.
 
-    The share is that of its matrices' numbers.
+    With adapters, for each kind of layer how much of it has one: the share of its matrices' numbers.
     """
     _, params, frozen = split(model)
     if not frozen:
         return ""
     trained = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     said = f"trains {trained:,} numbers beside {sizes.count(model.config):,}"
+    dense = split(sizes.abstract(model.config))[1]
+    kept, of_all = (state_bytes(optimizer, each) for each in (params, dense))
+    said += f"; {optimizer.name} keeps {kept:,} bytes for them (for all: {of_all:,})"
     shares: dict[str, list[int]] = {}
     for target in targets(model):
         size = math.prod(target.held.shape)

@@ -54,6 +54,10 @@ class AttentionConfig(LayerConfig):
     """For sequences longer than in training."""
     window: int | None = None
     """How many tokens back, itself included, a token sees; None: all."""
+    stride: int | None = None
+    """Beside the window, every so manieth token before a token (Child et al. 2019, strided); None: no others."""
+    global_tokens: int = 0
+    """Beside the window, so many first tokens of a document; if not causal, they see all (Longformer, BigBird)."""
     causal: bool = True
     """False: every token of a segment sees every other."""
     qk_norm: bool = False
@@ -66,9 +70,16 @@ class AttentionConfig(LayerConfig):
     def build(self, model: ModelConfig, rngs: nnx.Rngs, layer: jax.Array | int) -> "Attention":
         """See `LayerConfig.build`."""
         kv_heads = self.heads if self.kv_heads is None else self.kv_heads
-        for name, value in (("heads", self.heads), ("kv_heads", kv_heads), ("window", self.window)):
+        counts = {"heads": self.heads, "kv_heads": kv_heads, "window": self.window, "stride": self.stride}
+        for name, value in counts.items():
             if value is not None and value < 1:
                 raise UserError(f"attention.{name} must be at least 1, not {value}")
+        if self.window is None and (self.stride is not None or self.global_tokens):
+            raise UserError(
+                "attention.stride and attention.global_tokens need attention.window: without it all is seen"
+            )
+        if self.global_tokens < 0:
+            raise UserError(f"attention.global_tokens must be at least 0, not {self.global_tokens}")
         check_divides("attention.kv_heads", kv_heads, "attention.heads", self.heads)
         if self.head_dim is None:
             check_divides("attention.heads", self.heads, "model.width", model.width)
@@ -76,6 +87,11 @@ class AttentionConfig(LayerConfig):
         if head_dim < 1 or (self.positions == "rope" and head_dim % 2):
             raise UserError(f"attention.head_dim must be positive, and even for RoPE, not {head_dim}")
         return Attention(self, model, rngs)
+
+    @property
+    def reach(self) -> int | None:
+        """How many tokens back a token is needed; None: to the end of its document."""
+        return self.window if self.stride is None and not self.global_tokens else None
 
     def resolved_head_dim(self, model: ModelConfig) -> int:
         """H."""
@@ -85,6 +101,11 @@ class AttentionConfig(LayerConfig):
         """See `LayerConfig.flops_per_token`: q·k and p·v over the keys that a token sees on average."""
         window = min(length, self.window or length)
         seen = window - window * window / (2 * length) if self.causal else window
+        if self.stride is not None:
+            beyond = length - window
+            seen += (beyond * beyond / (2 * length) if self.causal else beyond) / self.stride
+        if self.global_tokens:
+            seen += min(self.global_tokens, length) * (length - window) / length
         return 4 * self.heads * self.resolved_head_dim(model) * seen
 
     def mixing_heads(self, model: ModelConfig) -> int:
@@ -93,7 +114,7 @@ class AttentionConfig(LayerConfig):
 
 
 class Cache(NamedTuple):
-    """Keys and values of earlier tokens: all of them, or the last `window`."""
+    """Keys and values of earlier tokens: all of them, or the last `reach`."""
 
     k: jax.Array  # [B, S, K, H], rotated
     v: jax.Array  # [B, S, K, H]
@@ -127,7 +148,7 @@ class Attention(Layer):
 
     def initial_state(self, batch: int, length: int) -> Cache:
         """An empty cache for `length` tokens, or for the window if that is shorter."""
-        slots = min(length, self.config.window or length)
+        slots = min(length, self.config.reach or length)
         shape = (batch, slots, self.kv_heads, self.head_dim)
         return Cache(
             k=jnp.zeros(shape, self.dtype),
@@ -140,7 +161,7 @@ class Attention(Layer):
 
     def with_room(self, state: Cache, length: int) -> Cache:
         """The cache with free slots for `length` tokens more, or as many as the window has: see `_extend`."""
-        window, slots = self.config.window, len(state.token)
+        window, slots = self.config.reach, len(state.token)
         more = length if window is None else max(0, min(slots + length, window) - slots)
         at = (0, more) if window is None else (more, 0)
 
@@ -181,6 +202,8 @@ class Attention(Layer):
             keys,
             causal=config.causal,
             window=config.window,
+            stride=config.stride,
+            everywhere=config.global_tokens,
             slopes=alibi_slopes(self.heads) if config.positions == "alibi" else None,
         )
         return self.o(rearrange(y_BxTxNxH, "b t n h -> b t (n h)")), state
@@ -230,12 +253,12 @@ class Attention(Layer):
 
         def extended(o: jax.Array, n: jax.Array) -> jax.Array:
             n, axis = n.astype(o.dtype), min(1, o.ndim - 1)  # time is the last axis of `token`, else the second
-            if self.config.window is None:
+            if self.config.reach is None:
                 return jax.lax.dynamic_update_slice_in_dim(o, n, state.length, axis)
             return jnp.concatenate([o, n], axis)
 
         seen = jax.tree.map(extended, old, new)
-        if self.config.window is None:
+        if self.config.reach is None:
             return seen, seen
         # A window's cache is short: append, look, keep the end.
         return seen, jax.tree.map(lambda s: s[more:] if s.ndim == 1 else s[:, more:], seen)

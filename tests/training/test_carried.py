@@ -69,7 +69,7 @@ def test_it_speaks_as_it_reads(held):
         hidden, state = model(tokens, state)
         return jnp.argmax(model.logits(hidden[:, -1]), axis=-1), state
 
-    state, token = saved.model().initial_state(1, 32), None
+    state, token = saved.model().initial_state(1, 32), jnp.zeros((1,), jnp.int32)
     for at in range(0, 9, 3):
         token, state = call(saved.params, jnp.asarray(prompts[1])[None, at : at + 3], state)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state)} == {"int8", "int32", "float32"}
