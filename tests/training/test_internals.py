@@ -140,7 +140,10 @@ def test_mixing_matrices_in_float64():
     np.testing.assert_allclose(distance, sum(np.square(each).sum(-1).mean(1) for each in expected), rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [name if name in ("transformer", "xlstm") else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES],
+)
 def test_every_term_of_every_family_falls(family):
     """Each is finite, pulls at the student by itself, and is less after some steps down the sum of all."""
     config = FAMILIES[family]
