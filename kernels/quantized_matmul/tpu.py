@@ -1,6 +1,6 @@
 """Quantized matmul for TPUs: which kernel, which blocks, and what is prepared for it.
 
-| rows of x | int8, int4, NF4 | dynamic int8 | float8, NF4 with float32 x |
+| rows of x | int8, int4 | dynamic int8 | float8, NF4 |
 |---|---|---|---|
 | up to 32 | codes | codes | dense |
 | more | dense | codes | dense |
@@ -54,8 +54,7 @@ def product(x, w, *, block: Block | None = None):
     """
     body = w.body if isinstance(w, Outliers) else w
     few, dynamic = len(x) <= FEW, isinstance(body, Channels) and body.dynamic
-    exact = isinstance(body, NF4) and x.dtype == jnp.float32
-    codes = (dynamic or (few and not exact)) and not isinstance(body, Float8)
+    codes = (dynamic or few) and not isinstance(body, Float8 | NF4)
     most = block or BLOCKS["few" if few else "codes" if codes else "dense"]
     group = _group(body)
     terms = _cut(body.shape[0], most.terms, _unit(body, group))
