@@ -42,7 +42,7 @@ class Block(NamedTuple):
     terms: int
 
 
-BLOCKS = {"few": Block(32, 1024, 2048), "codes": Block(512, 1024, 1024), "dense": Block(512, 1024, 512)}
+BLOCKS = {"few": Block(32, 1024, 4096), "codes": Block(512, 1024, 1024), "dense": Block(512, 1024, 512)}
 """For every chip: all have room for them, and the same unit multiplies 128 × 128 or more of a block at once."""
 
 
@@ -172,10 +172,18 @@ def _arrays(w: Format, group: int) -> dict[str, tuple[jax.Array, str]]:
     """What the kernels take of a weight, and the names of its dimensions for `per_device`."""
     if isinstance(w, Channels):
         return {"codes": (w.codes, "K H"), "scale": (jnp.broadcast_to(w.scale, (1, w.shape[1])), "U H")}
-    assert isinstance(w, Int4 | NF4)
+    if isinstance(w, NF4):
+        of_scales = w.scales_of_scales()
+        return {
+            "codes": (w.codes, "K H"),
+            "scale": (w.scale_codes, "K H"),
+            "of_scales": (of_scales, "U H" if len(of_scales) == 1 else "K H"),
+            "mean": (w.scale_mean.reshape(1, 1), "U U"),
+        }
+    assert isinstance(w, Int4)
     pieces = min(w.group, w.rows) // group
     arrays = {"codes": (w.codes, "K H"), "scale": (jnp.repeat(w.scales(), pieces, 0), "K H")}
-    if isinstance(w, Int4) and w.zero is not None:
+    if w.zero is not None:
         zero = jnp.broadcast_to(w.zero, w.scales().shape)
         arrays["zero"] = jnp.repeat(zero, pieces, 0), "K H"
     return arrays

@@ -6,7 +6,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from phyla.kernels.quantized_matmul.tpu_codes import outliers, unpacked
-from phyla.kernels.quantized_matmul.tpu_nf4 import quantiles
+from phyla.kernels.quantized_matmul.tpu_nf4 import quantiles, scales
 from phyla.kernels.tpu import pallas_call
 
 
@@ -37,11 +37,16 @@ def matmul_dense(x, a, *, kind, group, block, dtype, transpose=False):
         "codes": (codes, pl.BlockSpec((bk // packing, bn), lambda m, o, c: at(o, c))),
     }
     if packing == 2:
-        for name in a.keys() & {"scale", "zero"}:
+        for name in a.keys() & {"scale", "zero", "of_scales"}:
+            if a[name].shape[0] == 1 < K // group:
+                given[name] = a[name], pl.BlockSpec((1, bn), lambda m, o, c: (0, at(o, c)[1]))
+                continue
             by_block = a[name].reshape(K // bk, bk // group, N)
             given[name] = by_block, pl.BlockSpec((None, bk // group, bn), lambda m, o, c: (at(o, c)[0], 0, at(o, c)[1]))
     elif not transpose:
         given["scale"] = a["scale"], pl.BlockSpec((1, bn), lambda m, o, c: (0, o))
+    if "mean" in a:
+        given["mean"] = a["mean"], pl.BlockSpec((1, 1), lambda m, o, c: (0, 0))
     for name in a.keys() & {"outer_x", "row_scale"}:
         given[name] = a[name], pl.BlockSpec((bm, a[name].shape[1]), lambda m, o, c: (m, 0))
     if "outer_w" in a:
@@ -49,6 +54,8 @@ def matmul_dense(x, a, *, kind, group, block, dtype, transpose=False):
     scratch = {"total": pltpu.VMEM((bm, bo), jnp.float32)}
     if packing == 2:
         scratch["dense"] = pltpu.VMEM((bk, bn), jnp.float32 if kind == "nf4" else x.dtype)
+    if kind == "nf4":
+        scratch["scales"] = pltpu.VMEM((bk // group, bn), jnp.float32)
     names = [*given, "y", *scratch]
 
     def kernel(*refs):
@@ -100,6 +107,9 @@ def _kernel(ref, kind, group, transpose):
 
 def _dequantize(ref, kind, group, dtype):
     codes, scale, dense = ref["codes"], ref["scale"], ref["dense"]
+    if kind == "nf4":
+        ref["scales"][...] = scales(scale[...], ref["of_scales"][...], ref["mean"][...])
+        scale = ref["scales"]
     for i in range(dense.shape[0] // group):
         number = unpacked(codes[i * group // 2 : (i + 1) * group // 2, :]).astype(jnp.int32)
         of_group = scale[i : i + 1, :]
