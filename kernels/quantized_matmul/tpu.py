@@ -7,8 +7,8 @@
 | transposed, any | dense | dense | dense |
 
 codes: `tpu_codes`, integers on the matrix unit; dense: `tpu_dense`, blocks dequantized on chip. Beside the results only
-what belongs to x or to scales is prepared before: planes of x, and NF4's scales as float32 (K N / 16 bytes, which the
-compiler keeps on chip where it can).
+what belongs to x or to scales is prepared before: planes of x, and the scales of NF4's scales, for each block (K N / 16
+bytes, which the compiler keeps on chip where it can) unless whole columns share them.
 """
 
 import math
@@ -95,7 +95,7 @@ def transposed(g, w, *, block: Block | None = None):
         outer_MxO = jnp.matmul(g.astype(jnp.float32), w.values.T, precision=jax.lax.Precision.HIGHEST)
         dx = transposed(g, w.body, block=block)
         return jnp.where(chosen_OxK.any(0), _exactly(outer_MxO, chosen_OxK).astype(g.dtype), dx)
-    most, group, dtype = block or BLOCKS["dense"], _group(w), g.dtype
+    most, group, dtype = block or BLOCKS["few" if len(g) <= FEW else "dense"], _group(w), g.dtype
     arrays = _arrays(w, group)
     if isinstance(w, Channels):
         g = (g.astype(jnp.float32) * arrays.pop("scale")[0]).astype(dtype)

@@ -1,4 +1,4 @@
-"""NF4's quantiles on a TPU: a table of eight rows is a register, and each number picks its row of it in one instruction.
+"""NF4's quantiles on a TPU: a table of eight rows is a register, of which a number picks a row in one instruction.
 
 The table has a column for every column of the matrix, so that it is multiplied by the scales of a group, and not the
 values. The low three bits of a number are the row; the fourth says which of two values there.
@@ -31,16 +31,17 @@ def quantiles(number_RxN: jax.Array, scale_1xN: jax.Array, dtype: jnp.dtype) -> 
         dtype: float32 or bfloat16.
 
     Returns:
-        Float32 [R, N]. For bfloat16, the upper halves are the products rounded to it, and the lower halves are less than
-        half a unit, so that a matrix unit rounds to the same. (Where the scale is below 0, which rounding it may do
-        to an all but empty block, it may be one unit off.)
+        Float32 [R, N]. For bfloat16, the upper halves are the products rounded to it, and the lower halves are less
+        than half a unit, so that a matrix unit rounds to the same. (Where the scale is below 0, which rounding it may
+        do to an all but empty block, it may be one unit off.)
     """
     low, high = (_table(half, scale_1xN.shape[1]) * scale_1xN for half in CODE_BOOK.reshape(2, SUBLANES))
     parts = _parts(number_RxN)
     if dtype == jnp.bfloat16:
         pair = _pair(low, high)
         # A number of 8 or more is negative here, so that its bit 4 is set: 16 places move the lower half up.
-        return jnp.concatenate([pltpu.bitcast(_pick(pair, part) << (part & 16), jnp.float32) for part in parts])
+        moved = jnp.concatenate([_pick(pair, part) << (part & 16) for part in parts])
+        return jax.lax.bitcast_convert_type(moved, jnp.float32)
     return jnp.concatenate([jnp.where(part < 0, _pick(high, part), _pick(low, part)) for part in parts])
 
 
