@@ -62,23 +62,16 @@ def _attend(epsilon, q, k, v, log_i, log_f, m, memory, resets) -> tuple[jax.Arra
 
 def _forward(epsilon, q, k, v, log_i, log_f, m, memory, resets):
     log_weight, log_decay = stabilise(log_i, log_f, m)
-    q_, k_, v_ = _inputs(q, k, v, log_weight, None)
+    q_, k_, v_ = _inputs(q, k, v, log_weight, m)
     between, from_start, to_end = _decays(log_decay, resets)
-    last = to_end * k_
-    written = _T(last) @ v_
-    if m is not None:  # apart: on a CPU, products of one column more than a power of 2 are slow
-        written = jnp.concatenate([written, jnp.sum(last, -2)[..., None]], -1)
 
     def chunk(C, inputs):
         decay, written = inputs
         return _times(decay, C) + written, C
 
-    memory, starts = jax.lax.scan(chunk, memory, (from_start[..., -1:, :], written))
-    weights = (q_ @ _T(k_)) * between
-    h = weights @ v_ + _times(from_start, q_ @ starts[..., : v.shape[-1]])
-    if m is not None:
-        n = jnp.sum(weights, -1, keepdims=True) + _times(from_start, q_ @ starts[..., v.shape[-1] :])
-        h /= _norm(n, m[1], epsilon)[0]
+    memory, starts = jax.lax.scan(chunk, memory, (from_start[..., -1:, :], _T(to_end * k_) @ v_))
+    read, _ = _read(q_, k_, v_, starts, between, from_start)
+    h = read if m is None else _normalise(read, m[1], epsilon)[0]
     return (_join(h, v).astype(v.dtype), memory), (q, k, v, log_i, log_f, m, resets, starts, memory)
 
 
@@ -178,14 +171,9 @@ def _read(q_, k_, v_, starts, between, from_start):
 
 def _normalise(read, m, epsilon):
     """h, what it was divided by, and the derivative of that by the last column."""
-    norm, d_norm = _norm(read[..., -1:], m, epsilon)
-    return read[..., :-1] / norm, norm, d_norm
-
-
-def _norm(n, m, epsilon):
-    """What is divided by, and its derivative by n."""
-    least = jnp.exp(-_chunks(m[..., None]))
-    return jnp.maximum(jnp.abs(n), least) + epsilon, jnp.where(jnp.abs(n) >= least, jnp.sign(n), 0)
+    n, least = read[..., -1:], jnp.exp(-_chunks(m[..., None]))
+    norm = jnp.maximum(jnp.abs(n), least) + epsilon
+    return read[..., :-1] / norm, norm, jnp.where(jnp.abs(n) >= least, jnp.sign(n), 0)
 
 
 def _times(decay, x):
