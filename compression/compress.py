@@ -9,6 +9,7 @@ import jax
 from flax import nnx
 
 from phyla.compression import matrices
+from phyla.compression.adapters import PART
 from phyla.compression.calibrate import Moments
 from phyla.compression.rule import Rule
 from phyla.models import sizes
@@ -93,6 +94,8 @@ def shaping(recipes: Sequence[Rule]) -> tuple[Rule, ...]:
 
 
 def _apply(model: LanguageModel, recipe: Rule, rules: Sequence[Rule], moments: Any, key: jax.Array) -> Step:
+    if recipe.reshapes and model.subspace is not None:
+        raise UserError(f"{recipe}: this model moves in a subspace of its parameters: merge it first")
     model = nnx.clone(model)
     everything = matrices.places(model)
     left = {place.name: place.left for place in everything if not place.kind and not recipe.reshapes}
@@ -116,7 +119,7 @@ def _apply(model: LanguageModel, recipe: Rule, rules: Sequence[Rule], moments: A
 
 def _reason(recipe: Rule, everything: list[matrices.Place], left: dict[str, str]) -> str:
     if not any(place.kind for place in everything):
-        if kept := [place.name for place in everything if place.path[-1] == "body"]:
+        if kept := [place.name for place in everything if place.path[-1] == "body" or place.left == PART]:
             return f"{kept[0]} stays as it is ({left[kept[0]]})"
         return "every matrix is quantized already (prune before you quantize)"
     found = [place for place in everything if re.search(recipe.only, place.name)]

@@ -16,6 +16,7 @@ from phyla.compression import (
     entropy,
     factorise,
     few,
+    intrinsic,
     merge,
     mixed,
     pack,
@@ -23,6 +24,7 @@ from phyla.compression import (
     qat,
     quantize,
     rotate,
+    state,
     structure,
 )
 from phyla.compression.rule import Rule
@@ -42,8 +44,10 @@ MODULES = (
     depth,
     factorise,
     entropy,
+    state,
     adapters,
     few,
+    intrinsic,
     merge,
 )
 METHODS = {name: method for module in MODULES for name, method in module.METHODS.items()}

@@ -20,6 +20,7 @@ from phyla.compression import matrices
 from phyla.compression.calibrate import Moments, Path
 from phyla.compression.parts import Arrays, importance, without
 from phyla.compression.rule import Applied, Method, Rule
+from phyla.compression.state import is_held
 from phyla.compression.units import UNITS, Amount, Units
 from phyla.models import sizes
 from phyla.models.config import BlockConfig, LayerConfig, ModelConfig
@@ -119,6 +120,8 @@ def check_dense(recipe: Rule, model: LanguageModel) -> None:
     if held:
         name = min(map(matrices.dotted, held))
         raise UserError(f"{recipe} takes parts of arrays, and {name} is none any more: put it before what made it so")
+    if is_held(model):
+        raise UserError(f"{recipe} makes a model whose state is floats: put it before state-int8")
 
 
 def rebuilt(config: ModelConfig, values: Arrays) -> LanguageModel:

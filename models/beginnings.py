@@ -16,7 +16,7 @@ from phyla.models.cursor import Cursor
 from phyla.models.language_model import LanguageModel, ModelState
 from phyla.models.layers import Linear
 from phyla.models.quantized import Fixed
-from phyla.models.weights import normal, parameter, take
+from phyla.models.weights import constant, normal, parameter
 
 
 class Beginning(nnx.Module):
@@ -66,13 +66,9 @@ class LearnedState(Beginning):
     Li and Liang 2021, arXiv 2101.00190, without their reparametrisation), and begins as the state after real tokens.
     """
 
-    def __init__(self, model: LanguageModel, tokens: jax.Array, precise: str):
-        """Begins with what the model remembers of tokens [n]."""
-        self.tokens = len(tokens)
-        state = model.empty_state(1, self.tokens)
-        if self.tokens:
-            state = model(tokens[None], state)[1]
-        assert state is not None
+    def __init__(self, state: ModelState, tokens: int, precise: str):
+        """Begins with what a model remembers of a batch of one sequence of so many tokens."""
+        self.tokens = tokens
         leaves, self.structure = jax.tree_util.tree_flatten_with_path(state)
         self.names = tuple(jax.tree_util.keystr(path, simple=True, separator="_") for path, _ in leaves)
         self.shapes = tuple(leaf.shape for _, leaf in leaves)
@@ -85,22 +81,64 @@ class LearnedState(Beginning):
             elif leaf.size:
                 setattr(self, name, Fixed(leaf, axes=axes))
 
+    def value(self, name: str) -> jax.Array:
+        """Of a part of the state."""
+        return getattr(self, name)[...]
+
     def one(self, model: LanguageModel) -> ModelState:
         """See `Beginning.one`."""
         leaves = [
-            getattr(self, name)[...].astype(dtype) if 0 not in shape else jnp.zeros(shape, dtype)
+            self.value(name).astype(dtype) if 0 not in shape else jnp.zeros(shape, dtype)
             for name, shape, dtype in zip(self.names, self.shapes, self.dtypes, strict=True)
         ]
         return jax.tree.unflatten(self.structure, leaves)
 
 
+class EncodedState(LearnedState):
+    """Keys and values that a network makes of a vector for each virtual token: prefix tuning with reparametrisation.
+
+    Li and Liang 2021, arXiv 2101.00190, section 4.3: linear, tanh, linear, for training only (`plain`). What it makes
+    is added to the keys and values of real tokens, and is zero at first, so that it begins there; the state of
+    recurrent layers, which no token has by itself, is learned as it is.
+    """
+
+    def __init__(self, model: LanguageModel, state: ModelState, tokens: int, precise: str, rngs: nnx.Rngs):
+        """See `LearnedState`; `encoded` is empty if no layer keeps keys and values of so many tokens."""
+        super().__init__(state, tokens, precise)
+        E, longer = model.embedding.weight.shape[-1], jax.eval_shape(lambda: model.empty_state(1, tokens + 1))
+        encoded, size = [], 0
+        for name, shape, other in zip(self.names, self.shapes, jax.tree.leaves(longer), strict=True):
+            if shape != other.shape and isinstance(held := getattr(self, name, None), nnx.Param):
+                setattr(self, name, Fixed(held[...], axes=("state",) * held.ndim))
+                encoded.append((name, _batch_axis(shape, other.shape), size))
+                size += held.size // tokens
+        self.encoded = tuple(encoded)
+        self.vectors = parameter(normal(1.0), (tokens, E), ("prompt", "embed"), rngs, precise=precise)
+        self.inner = Linear((E, E), ("embed_out", "embed"), rngs, bias=True, precise=precise)
+        self.outer = Linear((E, size), ("embed", "state"), rngs, bias=True, precise=precise, init=constant(0.0))
+
+    def value(self, name: str) -> jax.Array:
+        """See `LearnedState.value`."""
+        found = super().value(name)
+        for encoded, axis, first in self.encoded:
+            if encoded == name:
+                of_tokens = jnp.moveaxis(found, axis, 0)
+                made_NxS = self.outer(jnp.tanh(self.inner(self.vectors[...])))
+                own = made_NxS[:, first : first + of_tokens[0].size].reshape(of_tokens.shape)
+                return found + jnp.moveaxis(own, 0, axis)
+        return found
+
+    def plain(self, model: LanguageModel, precise: str) -> LearnedState:
+        """The same without the network."""
+        return LearnedState(self.one(model), self.tokens, precise)
+
+
 class Prompt(Beginning):
     """Virtual tokens: vectors in the place of embeddings (Lester et al. 2021, arXiv 2104.08691)."""
 
-    def __init__(self, model: LanguageModel, tokens: jax.Array, precise: str):
-        """Begins with the embeddings of tokens [n]."""
-        self.tokens = len(tokens)
-        begin = take(model.embedding.weight, tokens)
+    def __init__(self, begin: jax.Array, precise: str):
+        """Begins with vectors [n, E]."""
+        self.tokens = len(begin)
         axes = ("prompt", "embed")
         self.vectors = parameter(lambda *_: begin, begin.shape, axes, nnx.Rngs(0), precise=precise)
 
@@ -119,11 +157,10 @@ class Prompt(Beginning):
 class EncodedPrompt(Prompt):
     """Virtual tokens that a network makes of vectors: P-tuning (Liu et al. 2021, arXiv 2103.10385), with PEFT's MLP."""
 
-    def __init__(self, model: LanguageModel, tokens: jax.Array, precise: str, rngs: nnx.Rngs):
-        """Begins at random; of `tokens` only their number counts."""
-        super().__init__(model, tokens, precise)
-        shape, E = self.vectors.shape, self.vectors.shape[-1]
-        self.vectors = parameter(normal(1.0), shape, ("prompt", "embed"), rngs, precise=precise)
+    def __init__(self, shape: tuple[int, ...], precise: str, rngs: nnx.Rngs):
+        """Begins with vectors [n, E] of this shape at random."""
+        super().__init__(normal(1.0)(rngs.params(), shape), precise)
+        E = shape[-1]
         self.layers = nnx.List(
             [Linear((E, E), ("embed_out", "embed"), rngs, bias=True, precise=precise) for _ in range(3)]
         )
@@ -134,3 +171,7 @@ class EncodedPrompt(Prompt):
         for i, layer in enumerate(self.layers):
             x = layer(x if i == 0 else jax.nn.relu(x))
         return x
+
+    def plain(self, model: LanguageModel, precise: str) -> Prompt:
+        """The same without the network."""
+        return Prompt(self.embeddings(), precise)

@@ -38,6 +38,10 @@ class LayerConfig:
         """Forward floating-point operations per token beyond those of the weight matrices, at a context of `length`."""
         return 0.0
 
+    def mixing_heads(self, model: "ModelConfig") -> int | None:
+        """How many mixing matrices it has (`Layer.mixing`); None: it is not linear in values that it weighs by head."""
+        return None
+
 
 @dataclass(frozen=True, kw_only=True)
 class BlockConfig:

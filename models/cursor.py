@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from phyla.models.held import floats
+
 
 class Cursor(NamedTuple):
     """The last token seen by each sequence of a batch."""
@@ -50,7 +52,8 @@ def advance(
 
 
 def carry(cursor: Cursor, segment_ids: jax.Array | None, state: Any) -> Any:
-    """A recurrent state (arrays [B, ...]), zeroed for the sequences whose next token begins another segment."""
+    """A recurrent state (arrays [B, ...]), zeroed for the sequences whose next token begins another segment; floats."""
+    state = floats(state)
     if segment_ids is None:
         return state
     goes_on_B = segment_ids[:, 0] == cursor.segment_B

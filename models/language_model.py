@@ -9,6 +9,7 @@ from flax import nnx
 from phyla.models.config import Activation, BlockConfig, ModelConfig
 from phyla.models.cursor import Cursor, advance, start
 from phyla.models.errors import UserError
+from phyla.models.held import alike, empty
 from phyla.models.layers import ACTIVATIONS, Embedding, Linear, build_norm
 from phyla.models.weights import constant, materialize, orthogonal, parameter, uniform
 
@@ -48,6 +49,11 @@ class Block(nnx.Module):
         channel = self.channel.initial_state(batch, length) if self.has_channel else None
         return self.mixer.initial_state(batch, length), channel
 
+    def in_few_bits(self, state: tuple[Any, Any]) -> tuple[Any, Any]:
+        """An empty state with what its mixer holds as codes; it may be stacked. Channel mixers remember little."""
+        mixer, channel = state
+        return empty(mixer, {name: self.mixer.memory[name] for name in self.mixer.held}), channel
+
     def with_room(self, state: tuple[Any, Any], length: int) -> tuple[Any, Any]:
         """See `Layer.with_room`."""
         mixer, channel = state
@@ -58,9 +64,9 @@ class Block(nnx.Module):
         self, x: jax.Array, value: jax.Array | None, state: Any, segment_ids: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None, Any, Any]:
         """The residual stream, float32 [B, T, D], and the shared value; both again, the block's state, its routing."""
-        mixer_state, channel_state = (None, None) if state is None else state
+        mixer_state, channel_state = before = (None, None) if state is None else state
         routing = None
-        inputs = self._input(x, self.mixer_norm), mixer_state, segment_ids
+        inputs = self.mixer_input(x), mixer_state, segment_ids
         if self.mixer.shares_value:
             y, mixer_state, value = self.mixer(*inputs, value)
         else:
@@ -73,7 +79,11 @@ class Block(nnx.Module):
             else:
                 y, channel_state = self.channel(*inputs)
             x = self._add(x, y, self.channel_norm)
-        return x, value, (mixer_state, channel_state), routing
+        return x, value, alike((mixer_state, channel_state), before), routing
+
+    def mixer_input(self, x: jax.Array) -> jax.Array:
+        """What the mixer sees of the residual stream before the block, [B, T, D] in the compute dtype."""
+        return self._input(x, self.mixer_norm)
 
     def _input(self, x: jax.Array, norm: Any) -> jax.Array:
         return (norm(x) if self.norm_first else x).astype(self.dtype)
@@ -125,6 +135,8 @@ class LanguageModel(nnx.Module):
 
     beginning: Any = None
     """What it remembers before the first token, if that is learned (`phyla.models.beginnings`); None: nothing."""
+    subspace: Any = None
+    """In which all its parameters move together (`phyla.models.subspace`); None: they are what they are."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         if config.vocab_size is None:
@@ -162,14 +174,30 @@ class LanguageModel(nnx.Module):
         if config.head_bias:
             self.head_bias = parameter(constant(0.0), (config.vocab_size,), ("vocab",), rngs)
 
+    def block(self, index: int) -> Block:
+        """Block number `index`, from 0, with its own parameters."""
+        if index < len(self.prefix):
+            return self.prefix[index]
+        repeat, place = divmod(index - len(self.prefix), len(self.config.pattern))
+        stored = repeat // (self.config.repeats // (self.config.groups or self.config.repeats))
+        return jax.tree.map(lambda leaf: leaf[stored], self.periods.blocks[place])
+
     def initial_state(self, batch: int, length: int) -> ModelState:
         """The state before the first token, with room for `length` tokens where a mixer keeps them all."""
-        if self.beginning is not None:
-            return self.beginning.state(self, batch, length)
-        return self.empty_state(batch, length)
+        floats = self.empty_state(batch, length)
+        held = ModelState(
+            prefix=tuple(map(Block.in_few_bits, self.prefix, floats.prefix)),
+            blocks=tuple(map(Block.in_few_bits, self.periods.blocks, floats.blocks)),
+            cursor=floats.cursor,
+        )
+        return held if self.beginning is None else alike(self.beginning.state(self.moved(), batch, length), held)
+
+    def moved(self) -> "LanguageModel":
+        """With the parameters that it has where its subspace has moved them; itself if it has no subspace."""
+        return self if self.subspace is None else self.subspace.moved(self)
 
     def empty_state(self, batch: int, length: int) -> ModelState:
-        """`initial_state` with nothing learned."""
+        """`initial_state` with nothing learned, and all of it floats."""
 
         def stacked(block: Block) -> Any:
             state = block.initial_state(batch, length)
@@ -225,6 +253,8 @@ class LanguageModel(nnx.Module):
 
         Raises UserError for more tokens than learned positions.
         """
+        if self.subspace is not None:
+            return self.moved().forward(tokens, state, segment_ids, token_types, layers=layers)
         limit, before = self.config.learned_positions, self.beginning.tokens if self.beginning is not None else 0
         if limit and tokens.shape[1] + before > limit:
             after = f" after {before} learned ones" * bool(before)
@@ -245,6 +275,8 @@ class LanguageModel(nnx.Module):
         layers: bool = False,
     ) -> Output:
         """`forward` for vectors [B, T, E] in the place of tokens' embeddings."""
+        if self.subspace is not None:
+            return self.moved().forward_embedded(x, state, segment_ids, token_types, layers=layers)
         x_BxTxD, cursor = self._embed(x, state, segment_ids, token_types)
         value, prefix_states, routings, streams = None, [], [], [x_BxTxD]
         for i, block in enumerate(self.prefix):
@@ -276,6 +308,8 @@ class LanguageModel(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> float32 [..., V]."""
+        if self.subspace is not None:
+            return self.moved().logits(hidden)
         config = self.config
         if config.head_transform:
             hidden = self.head_transform(hidden)
@@ -292,7 +326,7 @@ class LanguageModel(nnx.Module):
 
     def pooled(self, hidden: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, D], for whole sentences: of their first token (Devlin et al. 2019)."""
-        return jnp.tanh(self.pooler(hidden[:, 0]))
+        return jnp.tanh(self.moved().pooler(hidden[:, 0]))
 
     def _embed(self, x_BxTxE, state, segment_ids, token_types) -> tuple[jax.Array, Cursor]:
         """float32 [B, T, D], and the cursor after the tokens."""

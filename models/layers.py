@@ -1,5 +1,6 @@
 """What mixers and channel mixers are, and the layers that hold parameters: linear maps, embeddings and norms."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -40,6 +41,14 @@ class Layer(nnx.Module):
     """Takes the value of the first such layer, or None, as a fourth argument and returns it third (RWKV-7)."""
     routes: ClassVar[bool] = False
     """Returns a `Routing` third (mixtures of experts)."""
+    memory: ClassVar[Mapping[str, tuple[int, ...]]] = {}
+    """The parts of its state that 8 bits do for, by their paths in it, and the axes along which they share a scale.
+
+    They are what is large. Tails of convolutions, shifted tokens, normalisers and stabilisers are not: a call uses them
+    once, or divides by them, and they are small.
+    """
+    held: tuple[str, ...] = ()
+    """Those of them that are codes between calls (`phyla.models.held`)."""
 
     def initial_state(self, batch: int, length: int) -> Any:
         """The state before the first token, with room for `length` tokens if it keeps them all; None: stateless."""
@@ -48,6 +57,24 @@ class Layer(nnx.Module):
     def with_room(self, state: Any, length: int) -> Any:
         """A state that is full, with room for `length` tokens more if it keeps them all."""
         return state
+
+    def mixing(self, x: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+        """The matrix M of each head by which values are weighed, y = M v, for x [B, T, D]: float32 [B, H, T, T].
+
+        H is the configuration's `mixing_heads`; where that is None, there are none.
+        """
+        raise TypeError(f"{type(self).__name__} has no mixing matrices")
+
+
+def each_apart(x: jax.Array, heads: int) -> jax.Array:
+    """Values, float32 [B, T, H, T], of which token t's is 1 at t: what a linear mixer makes of them is its matrix."""
+    (B, T, _), own = x.shape, jnp.eye(x.shape[1])
+    return jnp.broadcast_to(own[:, None], (B, T, heads, T))
+
+
+def by_head(y_BxTxHxT: jax.Array) -> jax.Array:
+    """What a mixer made of `each_apart`, as [B, H, T, T] in float32."""
+    return jnp.moveaxis(y_BxTxHxT, 2, 1).astype(jnp.float32)
 
 
 class Linear(nnx.Module):

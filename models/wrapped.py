@@ -120,12 +120,18 @@ def _mixed(x: jax.Array, *, back: bool = False) -> jax.Array:
         C = _cosines(odd)
         precision = jax.lax.Precision.HIGHEST
         x_NxMxP = jnp.einsum("nmp,ml->nlp", x_NxMxP, C.T if back else C, precision=precision)
-    size = half = x_NxMxP.shape[-1]
+    return hadamard(x_NxMxP).reshape(x.shape)
+
+
+def hadamard(x: jax.Array) -> jax.Array:
+    """x [..., 2^n] times Sylvester's Hadamard matrix / 2^(n/2), which is orthogonal, in n passes."""
+    size = half = x.shape[-1]
+    turned = x
     while half > 1:
         half //= 2
-        pairs = x_NxMxP.reshape(-1, 2, half)
-        x_NxMxP = jnp.stack([pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]], axis=1)
-    return x_NxMxP.reshape(x.shape) * size**-0.5
+        pairs = turned.reshape(-1, 2, half)
+        turned = jnp.stack([pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]], axis=1)
+    return turned.reshape(x.shape) * size**-0.5
 
 
 def _cosines(size: int) -> np.ndarray:

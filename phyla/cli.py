@@ -16,6 +16,7 @@ COMMANDS = {
     "evaluate": "validation loss of a trained run, on its own data or any other, or how it solves problems",
     "generate": "continue prompts with a trained run",
     "compress": "make a smaller run of a run: quantized, pruned, factorised, coded",
+    "average": "make one adapter of several of the same base",
     "import": "make a run of another library's model",
     "export": "write a run as another library's model",
     "logits": "what a run or another library's model says of given tokens",

@@ -25,6 +25,7 @@ class Compare:
       phyla compare transformer mamba --seeds 3
       phyla compare --budget-minutes 8 --parameters 2000000
       phyla compare --compress int8 nf4 gptq-int4
+      phyla compare --compress int4 --beside runs/mamba-qat-int4
     """
 
     names: Annotated[tuple[str, ...], Positional, arg(metavar="[NAME ...]")] = configs.SMALL
@@ -39,6 +40,8 @@ class Compare:
     """Instead of tokens: minutes of training for all runs together, on this machine."""
     compress: tuple[str, ...] = ()
     """Recipes (`phyla compress --list`): each makes a smaller model of every architecture's first run."""
+    beside: tuple[Path, ...] = ()
+    """Runs to stand beside them in the report, however they were made: distilled, retrained, quantization-aware."""
     out: Path | None = None
     """Folder of the report and the runs; None: runs/compare, with the names if any were given."""
     json: Path | None = None
@@ -60,6 +63,7 @@ def compare(arguments: Sequence[str]) -> None:
         tokens=options.tokens,
         budget_minutes=options.budget_minutes,
         compress=options.compress,
+        beside=options.beside,
         json=options.json,
     )
 
@@ -250,12 +254,48 @@ def compress(arguments: Sequence[str]) -> None:
     chosen = recipes.parse("+".join(options.recipe))
     assert options.run is not None
     assert options.out is not None
-    from phyla.training.compress import Calibration, compress_run
+    from phyla.training.compress import Calibration, compress_run, show
 
     given = {"source": options.calibration, "tokens": options.tokens}
     given = {name: value for name, value in given.items() if value is not None}
     calibration = Calibration(**given) if given else None
-    compress_run(options.run, chosen, options.out, calibration=calibration, speed=options.speed, json=options.json)
+    record = compress_run(
+        options.run, chosen, options.out, calibration=calibration, speed=options.speed, json=options.json
+    )
+    show(options.out, record)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Average:
+    """Makes a run of the mean of runs of one base; only the mean adapter is saved.
+
+    LoRA adapters may have any ranks and matrices: their mean has all their factors. Other recipes must be the same.
+    What a prefix or a prompt was trained through (prefix-16-mlp, ptuning-16) is left out, also of one run alone.
+
+    examples:
+      phyla average runs/letters runs/novels --out runs/both
+      phyla average runs/letters runs/novels --weights 3 1 --out runs/more-letters
+      phyla average runs/prefix-mlp --out runs/prefix
+    """
+
+    runs: Annotated[tuple[Path, ...], Positional, arg(metavar="RUN ...")]
+    """The runs' folders."""
+    out: Path
+    """The new run's folder: new or empty."""
+    weights: tuple[float, ...] | None = None
+    """One for each run; they are divided by their sum. None: all the same."""
+
+    def __post_init__(self):
+        if not self.runs:
+            raise UserError("RUN must be given")
+
+
+def average(arguments: Sequence[str]) -> None:
+    """`phyla average RUN ... --out OUT`."""
+    options = parse(Average, arguments, prog="phyla average")
+    from phyla.training.adapters import average
+
+    average(options.runs, options.out, weights=options.weights)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -108,10 +108,17 @@ tokenizer. The new run needs the teacher only to be trained. `phyla distill TEAC
 recipes:
 {recipes}
 
+A recipe of stages is a chain of runs, OUT-STAGE and at last OUT; the same command goes on where it was interrupted.
+--stage-steps 80,160,2760 says how many steps each has, in place of --loop.steps.
+
+With --distillation.top-k K --distillation.cache FOLDER the teacher's likeliest tokens are written to FOLDER once, for
+every row of the text, and any number of students train on them without the teacher in memory.
+
 examples:
   phyla distill runs/TEACHER mamba
   phyla distill runs/TEACHER transformer --recipe distilbert --model.layers 2
   phyla distill runs/TEACHER runs/STUDENT --distillation.divergence reverse-kl --out runs/STUDENT-distilled
+  phyla distill runs/TEACHER mamba --distillation.top-k 16 --distillation.cache runs/TEACHER-top16
 """
 
 
@@ -122,31 +129,55 @@ def distill(arguments: Sequence[str]) -> None:
             print(DISTILL_HELP.format(recipes=_distillations()), end="")
             return
         raise UserError("name a teacher and a student first (as in `phyla distill runs/TEACHER mamba`)")
-    _run(distill_arguments(arguments))
+    from phyla.training import run
+    from phyla.training.config import STAGES
+
+    teacher, student, *rest = arguments
+    recipe, rest = _taken("--recipe", rest, "logits")
+    stages = STAGES.get(recipe, (recipe,))
+    steps, rest = _taken("--stage-steps", rest, "")
+    of_stages = [["--loop.steps", count] for count in steps.split(",")] if steps else [[]] * len(stages)
+    if len(of_stages) != len(stages):
+        raise UserError(f"--stage-steps {steps} must be as many numbers as {recipe} has stages, {len(stages)}")
+    for stage, steps_of_stage in zip(stages, of_stages, strict=True):
+        asked = distill_arguments([teacher, student, "--recipe", stage, *rest, *steps_of_stage])
+        if stage != stages[-1] and asked.out is not None:
+            asked = asked._replace(out=asked.out.with_name(f"{asked.out.name}-{stage}"))
+        if not _run(asked):
+            return
+        student = str(asked.out or run.default_folder(asked.experiment))
+        # What the first stage made is the model from then on.
+        rest = _without("--model.", rest)
 
 
 def distill_arguments(arguments: Sequence[str]) -> "Training":
     """The student's experiment, with the teacher's text, the recipe, and the fields that the arguments give."""
     from phyla.training import run
-    from phyla.training.config import DISTILLATIONS
+    from phyla.training.config import DISTILLATIONS, MIXERS_ALONE, OF_MIXERS, STAGES
 
     teacher, student, *rest = arguments
     recipe, rest = _taken("--recipe", rest, "logits")
-    distillation = DISTILLATIONS[choose("recipe", recipe, DISTILLATIONS)]
+    choose("recipe", recipe, (*DISTILLATIONS, *STAGES))
+    distillation = DISTILLATIONS[STAGES[recipe][0] if recipe in STAGES else recipe]
     teachers = run.read_experiment(Path(teacher))
     sections = ["distillation", "data", "optimizer", "loop", "mesh"]
+    recipes = MIXERS_ALONE if recipe in OF_MIXERS else ""
     if (Path(student) / "config.json").exists():
         before = run.read_experiment(Path(student))
-        before = replace(before, base=str(Path(student)), recipes="")
+        # What a stage before this one froze stays so, or not.
+        is_frozen = (run.read_record(Path(student))["compression"] or "").endswith(MIXERS_ALONE)
+        recipes = ("" if recipes else "thaw") if is_frozen else recipes
+        before = replace(before, base=str(Path(student)))
     else:
         before = configs.experiment(student)
         sections.insert(0, "model")
     experiment = replace(
         before,
-        name=f"{before.name}-of-{teachers.name}",
+        name=before.name if before.teacher == str(Path(teacher)) else f"{before.name}-of-{teachers.name}",
         teacher=str(Path(teacher)),
         data=teachers.data,
         objective=teachers.objective,
+        recipes=recipes,
         distillation=distillation,
     )
     description = f"Distils {teacher} into {student} by the recipe {recipe}. The fields that can be changed:"
@@ -167,15 +198,25 @@ def _taken(option: str, arguments: Sequence[str], otherwise: str) -> tuple[str, 
     return value, rest
 
 
+def _without(prefix: str, arguments: Sequence[str]) -> list[str]:
+    """The arguments without the options that begin with a prefix, and without their values."""
+    rest, dropping = [], False
+    for each in arguments:
+        dropping = each.startswith(prefix) or (dropping and not each.startswith("--"))
+        rest += [] if dropping else [each]
+    return rest
+
+
 def _distillations() -> str:
-    from phyla.training.config import DISTILLATIONS, DistillationConfig
+    from phyla.training.config import DISTILLATIONS, STAGES, DistillationConfig
 
     plain = DistillationConfig()
     lines = []
     for name, recipe in DISTILLATIONS.items():
         changed = (each.name for each in fields(recipe) if getattr(recipe, each.name) != getattr(plain, each.name))
         said = ", ".join(f"{each} {getattr(recipe, each)}" for each in changed)
-        lines.append(f"  {name:<15} {said or 'the default: the distribution and the right token'}")
+        lines.append(f"  {name:<20} {said or 'the default: the distribution and the right token'}")
+    lines += [f"  {name:<20} the stages {', '.join(stages)}" for name, stages in STAGES.items()]
     return "\n".join(lines)
 
 
@@ -187,11 +228,13 @@ class Training(NamedTuple):
     max_steps: int | None
 
 
-def _run(asked: Training) -> None:
+def _run(asked: Training) -> bool:
+    """Whether it is finished."""
     use_all_cores(sequences(asked.experiment))
     from phyla.training import loop, run
 
-    loop.train(asked.experiment, asked.out or run.default_folder(asked.experiment), max_steps=asked.max_steps)
+    out = asked.out or run.default_folder(asked.experiment)
+    return loop.train(asked.experiment, out, max_steps=asked.max_steps) is not None
 
 
 def _training(

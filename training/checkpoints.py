@@ -1,6 +1,7 @@
 """Checkpoints by Orbax: asynchronous, atomic, the latest and the best kept, restored onto any mesh."""
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -125,6 +126,12 @@ class Checkpoints:
         """Whether a step has an item."""
         coded = item == "frozen" and self._coded.exists()
         return coded or (self._folder / str(step) / item).is_dir()
+
+    def files(self, step: int, items: Iterable[str]) -> list[Path]:
+        """The files that hold these items of a step, in a fixed order; items that it has not are left out."""
+        found = [path for item in items for path in sorted((self._folder / str(step) / item).rglob("*"))]
+        coded = [self._coded] if self._coded.exists() else []
+        return [path for path in found if path.is_file()] + coded
 
     def restore_params(self, step: int, abstract: nnx.State, item: Literal["params", "ema", "frozen"]) -> nnx.State:
         """One item of a step alone."""

@@ -3,6 +3,7 @@
     plan.json               what is compared, and how
     NAME-seedN/             the runs
     NAME-seed0-RECIPE/      the first of them compressed
+    beside/RUN.json         what other runs are, beside it
     baselines.json          what n-grams and xz make of the same text
     results.jsonl           every measured figure
     report.html, report.md, *.png
@@ -16,7 +17,7 @@ import importlib.metadata
 import re
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from json import dumps, loads
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,10 @@ from rich.console import Console
 from phyla.compression.compress import abstract
 from phyla.compression.recipes import parse
 from phyla.models import sizes
-from phyla.models.errors import UserError
+from phyla.models.errors import UserError, choose
 from phyla.training import run, sharding
 from phyla.training.baselines import baselines
-from phyla.training.compress import COMPRESSION, compress_run
+from phyla.training.compress import COMPRESSION, compress_run, rows_beside
 from phyla.training.config import Experiment
 from phyla.training.data.sources import documents
 from phyla.training.data.tokenizers import encode_prompt, make_tokenizer
@@ -59,6 +60,7 @@ def compare(
     tokens: int | None,
     budget_minutes: float | None,
     compress: Sequence[str] = (),
+    beside: Sequence[Path] = (),
     json: Path | None = None,
 ) -> None:
     """Compares architectures into a folder, or continues what is there.
@@ -72,6 +74,8 @@ def compare(
         budget_minutes: instead of `tokens`: minutes of training of the whole comparison on this machine.
         compress: recipes (`phyla compress --list`), each applied to the first seed of every architecture; a finished
             comparison can be given more of them.
+        beside: runs of these architectures that were made otherwise (distilled, retrained, trained for quantization),
+            to stand beside the compressed ones; a finished comparison can be given more of them.
         json: where plan and results also go, as one file.
 
     Raises UserError, before anything is trained, if the experiments or the folder do not fit.
@@ -84,6 +88,7 @@ def compare(
         raise UserError(f"--budget-minutes must be positive, not {budget_minutes}")
     recipes = {name: parse(name) for name in compress}
     experiments = _equal(experiments, parameters)
+    _check_beside(beside, experiments)
     for experiment in experiments:
         for each in recipes.values():
             abstract(experiment.model, each)  # which refuses what changes nothing, before anything is trained
@@ -91,14 +96,16 @@ def compare(
     path = out / "plan.json"
     with Reporter() as reporter:
         if path.exists():
-            plan = loads(path.read_text())
+            plan = _read_plan(out)
             _check_same(plan, experiments, asked, out)
         else:
             if out.is_dir() and any(child.name != "calibration" for child in out.iterdir()):
                 raise UserError(f"{out} is not empty and holds no comparison; choose another --out")
             tokens = tokens or _tokens_in(budget_minutes, experiments, seeds, out, reporter)
             plan = _plan(experiments, asked, tokens, out)
-        plan["compress"] = [*plan["compress"], *(name for name in recipes if name not in plan["compress"])]
+        for key, more in (("compress", recipes), ("beside", map(str, beside))):
+            plan[key] = [*plan[key], *(name for name in more if name not in plan[key])]
+        _check_beside(map(Path, plan["beside"]), experiments)  # the earlier and the new ones
         run.write_json(path, plan)
 
         runs = [(experiment, seed) for seed in range(seeds) for experiment in experiments]
@@ -107,6 +114,7 @@ def compare(
             *((f"train {e.name}", lambda e=e, s=s: _train(e, s, plan, out, reporter)) for e, s in runs),
             *((f"measure {e.name}", lambda e=e: _measure(e, out)) for e in experiments),
             *((f"{r}, {e.name}", lambda e=e, r=r: _compress(e, r, out)) for e in experiments for r in plan["compress"]),
+            *((f"beside, {r}", lambda r=r: _beside(Path(r), experiments, out)) for r in plan["beside"]),
         ]
         with reporter.task("compare", len(jobs), "jobs") as task:
             for i, (name, job) in enumerate(jobs):
@@ -124,7 +132,7 @@ def compare(
 
 def read_results(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The plan, and a record for each figure that exists so far."""
-    plan = loads((out / "plan.json").read_text())
+    plan = _read_plan(out)
     records: list[dict[str, Any]] = []
     if (out / "baselines.json").exists():
         found = loads((out / "baselines.json").read_text())
@@ -137,8 +145,12 @@ def read_results(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         speed = out / f"{name}-seed0" / "speed.json"
         if speed.exists():
             records.append({"kind": "speed", "name": name, **loads(speed.read_text())})
-        records += _compressed_records(out, name, plan["compress"])
+        records += _compressed_records(out, name, plan)
     return plan, records
+
+
+def _read_plan(out: Path) -> dict[str, Any]:
+    return {"compress": [], "beside": []} | loads((out / "plan.json").read_text())
 
 
 def write_results(out: Path) -> None:
@@ -150,20 +162,30 @@ def write_results(out: Path) -> None:
     write_report(out, plan, records)
 
 
-def _compressed_records(out: Path, name: str, recipes: Sequence[str]) -> list[dict[str, Any]]:
-    """The model as it was trained, and by each recipe that has been applied to it."""
-    records: list[dict[str, Any]] = []
-    for recipe in recipes:
+def _compressed_records(out: Path, name: str, plan: dict[str, Any]) -> list[dict[str, Any]]:
+    """The model as it was trained, by each recipe that has been applied to it, and the runs beside it."""
+    found: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
+    for recipe in plan["compress"]:
         path = _compressed_folder(out, name, recipe) / COMPRESSION
         if path.exists():
             first, *_, last = loads(path.read_text())["steps"]
-            rows = [last | {"recipe": recipe}] if records else [first, last | {"recipe": recipe}]
-            records += [{"kind": "compressed", "name": name} | row for row in rows]
-    return records
+            found.append((recipe, first, last))
+    for folder in map(Path, plan["beside"]):
+        path = _beside_file(out, folder)
+        if path.exists():
+            record = loads(path.read_text())
+            found += [(folder.name, *record["rows"])] if record["architecture"] == name else []
+    rows = [first | {"recipe": None} for _, first, _ in found[:1]]
+    rows += [last | {"recipe": label} for label, _, last in found]
+    return [{"kind": "compressed", "name": name} | row for row in rows]
 
 
 def _compressed_folder(out: Path, name: str, recipe: str) -> Path:
     return out / f"{name}-seed0-{re.sub(r'[^A-Za-z0-9._+-]', '_', recipe)}"
+
+
+def _beside_file(out: Path, folder: Path) -> Path:
+    return out / "beside" / f"{folder.name}.json"
 
 
 def _run_record(folder: Path, name: str, seed: int) -> dict[str, Any]:
@@ -186,6 +208,23 @@ def _run_record(folder: Path, name: str, seed: int) -> dict[str, Any]:
         "curve": curve,
         **(loads(sample.read_text()) if sample.exists() else {}),
     }
+
+
+def _check_beside(folders: Iterable[Path], experiments: Sequence[Experiment]) -> None:
+    """That they are runs of these architectures, each with a name of its own."""
+    named: dict[str, Path] = {}
+    for folder in folders:
+        _architecture(folder, experiments)
+        other = named.setdefault(folder.name, folder)
+        if other != folder:
+            raise UserError(f"--beside: {other} and {folder} have one name, and a row is named by it")
+
+
+def _architecture(folder: Path, experiments: Sequence[Experiment]) -> str:
+    """What a run is of, by its experiment's name: mamba-finetuned and mamba-of-transformer are of mamba."""
+    name, names = run.read_experiment(folder).name, [experiment.name for experiment in experiments]
+    of = [each for each in names if name.startswith(f"{each}-")]
+    return max(of, key=len) if of else choose(f"architecture of {folder} in this comparison", name, names)
 
 
 def _equal(experiments: Sequence[Experiment], parameters: int | None) -> list[Experiment]:
@@ -232,6 +271,7 @@ def _plan(experiments: list[Experiment], asked: dict[str, Any], tokens: int, out
         "command": " ".join(["phyla compare", *names, *options, f"--out {out}"]),
         "date": datetime.date.today().isoformat(),
         "compress": [],
+        "beside": [],
     }
 
 
@@ -288,6 +328,18 @@ def _measure(experiment: Experiment, out: Path) -> None:
     text = saved.tokenizer.decode(until_end(tokens, saved.tokenizer.eos_id))
     run.write_json(folder / "sample.json", {"prompt": PROMPT, "sample": text})
     run.write_json(folder / "speed.json", measure(saved))
+
+
+def _beside(folder: Path, experiments: Sequence[Experiment], out: Path) -> None:
+    """Of the run's architecture the first seed's run is what it stands beside."""
+    path = _beside_file(out, folder)
+    if path.exists():
+        return
+    name = _architecture(folder, experiments)
+    tokens = experiments[0].loop.eval_tokens
+    rows = rows_beside(load(out / f"{name}-seed0"), load(folder), tokens)
+    path.parent.mkdir(exist_ok=True)
+    run.write_json(path, {"architecture": name, "run": str(folder), "rows": rows})
 
 
 def _compress(experiment: Experiment, recipe: str, out: Path) -> None:

@@ -25,9 +25,10 @@ from phyla.models.config import ModelConfig
 from phyla.models.errors import UserError
 from phyla.models.language_model import LanguageModel
 from phyla.models.weights import Weight, materialize
-from phyla.training import activations, plots, run
+from phyla.training import activations, carried, plots, run
 from phyla.training.checkpoints import CODED, Checkpoints
 from phyla.training.data.pipeline import prepare
+from phyla.training.data.tokenizers import check_match
 from phyla.training.divergence import divergences
 from phyla.training.progress import Reporter
 from phyla.training.saved import Saved, load, make_asker
@@ -95,7 +96,7 @@ def compress_run(
     validation_tokens: int | None = None,
     json: Path | None = None,
 ) -> dict[str, Any]:
-    """Applies recipes to a run's last checkpoint and writes the result as another run, with a table of what it cost.
+    """Applies recipes to a run's last checkpoint and writes the result as another run, with figures of what it cost.
 
     Args:
         folder: the run; it may be compressed already.
@@ -137,6 +138,7 @@ def compress_run(
     rows += [{"recipe": str(step.recipe)} | dataclasses.asdict(size(step.model)) for step in steps]
     _compare(saved, [original, *(step.model for step in steps)], rows, validation_tokens)
     made = steps[-1].model
+    carried.compare(saved, (original, made), (rows[0], rows[-1]), validation_tokens)
     done = (*before, *(rule for step in steps for rule in step.rules))
     experiment = dataclasses.replace(saved.experiment, model=made.config, base=None, recipes="")
     run.create(out, experiment, run.read_record(folder)["tokenizer"], compression=done)
@@ -167,10 +169,25 @@ def compress_run(
     if errors:
         (out / "errors.png").write_bytes(plots.layer_errors(errors))
     run.write_json(json or out / COMPRESSION, record)
-    _print(out, record)
-    if read:
-        Console(highlight=False).print(activations.table(read[0]))
     return record
+
+
+def rows_beside(original: Saved, other: Saved, validation_tokens: int | None = None) -> list[dict[str, Any]]:
+    """The rows of a run and of another that stands beside it, as `compress_run` makes them of a recipe.
+
+    The other may have been trained: distilled, retrained after pruning, quantization-aware.
+
+    Raises UserError if they do not read text alike.
+    """
+    check_match(original.tokenizer.fingerprint(), other.tokenizer.fingerprint())
+    models = [saved.model() for saved in (original, other)]
+    rows = [dataclasses.asdict(size(model)) for model in models]
+    _compare(original, models, rows, validation_tokens)
+    for row, saved in zip(rows, (original, other), strict=True):
+        row["bytes_on_disk"] = _on_disk(saved.folder, saved.step)
+        if not saved.experiment.model.bidirectional:
+            row |= _speed(saved)
+    return rows
 
 
 def _measured(saved: Saved, calibration: Calibration, model: LanguageModel, measure: Measure) -> Moments:
@@ -316,10 +333,12 @@ TABLES = (
         "prefill": ("prefill tokens/s", "{:,.0f}"),
         "decode": ("decode tokens/s", "{:,.0f}"),
     },
+    carried.TABLE,
 )
 
 
-def _print(out: Path, record: dict[str, Any]) -> None:
+def show(out: Path, record: dict[str, Any]) -> None:
+    """Prints the figures of a run that was made by `compress_run`."""
     console = Console(highlight=False)
     rows = [row | {"zeros": row["zeros"] / row["parameters"]} for row in record["steps"]]
     for columns in TABLES:
@@ -350,4 +369,10 @@ def _print(out: Path, record: dict[str, Any]) -> None:
     said = f"{before['bytes_in_memory'] / after['bytes_in_memory']:.2f} times smaller in memory"
     if "bits_per_byte" in after:
         said += f", loss {after['bits_per_byte'] / before['bits_per_byte'] - 1:+.2%}"
+    if "state_bytes" in after:
+        said += f"; state {before['state_bytes'] / after['state_bytes']:.2f} times smaller"
+    if "carried_1" in after:
+        said += f", loss {after['carried_1'] / before['carried_1'] - 1:+.2%} when it is carried from token to token"
     console.print(f"{out}: {said}", markup=False, soft_wrap=True)
+    if record["activations"]:
+        console.print(activations.table(record["activations"]))

@@ -166,6 +166,9 @@ class DistillationConfig:
     """T, by which the logits of both are divided for the divergence."""
     top_k: int | None = None
     """Of the teacher's distribution only the k likeliest tokens, and all others together as one; None: all."""
+    cache: str | None = None
+    """Folder that keeps what `top_k` leaves of the teacher's distribution for every row of the training text: it is
+    computed once, and the teacher is in memory only for that. None: the teacher is asked at every step."""
     cosine: float = 0.0
     """Weight of 1 - cosine of the last hidden states (Sanh et al. 2019)."""
     hidden: float = 0.0
@@ -175,30 +178,70 @@ class DistillationConfig:
     blocks: float = 0.0
     """Weight of the mean squared difference of what each block gives for the teacher's input to it, summed over blocks
     (Bick et al. 2024, the second stage); both models have one width and as many layers."""
+    mixing: float = 0.0
+    """Weight of the squared difference of mixing matrices, those of one head in a row summed, for the teacher's input
+    to each mixer (Bick et al. 2024, the first stage); both models have one width, and as many layers and heads."""
+    attention: float = 0.0
+    """Weight of the mean squared difference of attention's scores before the softmax, summed over the student's layers
+    (Jiao et al. 2020)."""
+    relations: float = 0.0
+    """Weight of KL(teacher, student) of `relation_kinds` in the student's last layer, summed (Wang et al. 2020)."""
+    relation_kinds: tuple[Literal["qk", "vv", "qq", "kk"], ...] = ("qk", "vv")
+    """Softmax of the products of queries, keys and values: qk is what attention does."""
+    relation_heads: int | None = None
+    """Into how many heads both models' queries, keys and values are divided anew for `relations` (Wang et al. 2021);
+    None: their own, of which both have as many."""
     layers: tuple[int, ...] = ()
-    """For `hidden`: of each layer of the student the teacher's, from 1; none: evenly spaced, the last to the last."""
+    """For `hidden`, `attention` and (the last) `relations`: of each layer of the student the teacher's, from 1; none:
+    evenly spaced, the last to the last."""
     copy: bool = False
     """Begin with what of the teacher's parameters fits, each layer from the teacher's at the same relative depth."""
 
     def __post_init__(self):
-        weights = "soft", "hard", "cosine", "hidden", "embedding", "blocks"
+        inner = "cosine", "hidden", "embedding", "blocks", "mixing", "attention", "relations"
+        weights = "soft", "hard", *inner
         at_least("distillation", self, **dict.fromkeys(weights, 0.0))
         if not any(getattr(self, name) for name in weights):
             raise UserError(f"distillation must have a weight above 0: one of {', '.join(weights)}")
         if not self.temperature > 0:
             raise UserError(f"distillation.temperature must be positive, not {self.temperature}")
-        at_least("distillation", self, top_k=1)
+        at_least("distillation", self, top_k=1, relation_heads=1)
+        if not self.relation_kinds:
+            raise UserError("distillation.relation_kinds must name one at least: qk, vv, qq, kk")
+        if self.cache is not None:
+            if self.top_k is None or not self.soft:
+                raise UserError("distillation.cache keeps the likeliest tokens: it needs distillation.top_k and soft")
+            surplus = [name for name in inner if getattr(self, name)]
+            if surplus:
+                raise UserError(f"distillation.cache keeps no hidden states: distillation.{surplus[0]} must be 0")
 
 
 DISTILLATIONS = {
     "logits": DistillationConfig(),
     "distilbert": DistillationConfig(soft=5.0, hard=2.0, temperature=2.0, cosine=1.0, copy=True),
     "hidden": DistillationConfig(hidden=1.0, embedding=1.0),
+    "tinybert-layers": DistillationConfig(soft=0.0, hard=0.0, hidden=1.0, embedding=1.0, attention=1.0),
+    "tinybert-prediction": DistillationConfig(soft=1.0, hard=0.0),
+    "minilm": DistillationConfig(soft=0.0, hard=0.0, relations=1.0),
+    "minilm-v2": DistillationConfig(soft=0.0, hard=0.0, relations=1.0, relation_kinds=("qq", "kk", "vv")),
     "mamba-in-llama": DistillationConfig(copy=True),
+    "mohawk-mixing": DistillationConfig(soft=0.0, hard=0.0, mixing=1.0, copy=True),
     "mohawk-blocks": DistillationConfig(soft=0.0, hard=0.0, blocks=1.0, copy=True),
     "mohawk-logits": DistillationConfig(soft=1.0, hard=0.0, copy=True),
 }
 """Recipes by name: for each its published ingredients (docs/distillation.md)."""
+
+STAGES = {
+    "tinybert": ("tinybert-layers", "tinybert-prediction"),
+    "mohawk": ("mohawk-mixing", "mohawk-blocks", "mohawk-logits"),
+}
+"""Recipes of several: each begins with what the one before made."""
+
+MIXERS_ALONE = r"bitfit@\.mixer\."
+"""What freezes a student but for its mixers: a recipe of `phyla.compression.recipes`."""
+
+OF_MIXERS = "mohawk-mixing", "mohawk-blocks"
+"""Which recipes train the mixers alone, as published."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,18 +4,33 @@ The teacher is part of the objective, so that the one loop trains the student, a
 their widths, and neither changes nor saves the teacher.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from phyla.models.config import ModelConfig
 from phyla.models.errors import UserError
-from phyla.models.language_model import LanguageModel
+from phyla.models.language_model import Block, LanguageModel, Output
 from phyla.models.layers import Linear
 from phyla.models.moe import auxiliary_losses
 from phyla.models.weights import freeze
 from phyla.training.config import DistillationConfig, Experiment
-from phyla.training.objectives import Asker, Batch, Loss, in_chunks, negative_log_likelihood
+from phyla.training.internals import (
+    Pairs,
+    block_distance,
+    check,
+    layer_pairs,
+    mixing_distance,
+    relation_divergence,
+    score_distance,
+)
+from phyla.training.objectives import Asker, Batch, Loss, Objective, Questions, in_chunks, negative_log_likelihood
 from phyla.training.saved import make_asker
+
+IDS, LOG_P = "lesson_ids", "lesson_log_p"
+"""What a batch has besides, of a teacher that is not asked again: int32 [B, T, k] and float32 [B, T, k + 1]."""
 
 
 def divergence(
@@ -39,7 +54,12 @@ def divergence(
     log_q, log_p = jax.nn.log_softmax(student / temperature), jax.nn.log_softmax(teacher / temperature)
     if top_k is not None:
         chosen = jax.lax.top_k(teacher, top_k)[1]
-        log_q, log_p = _with_rest(log_q, chosen), _with_rest(log_p, chosen)
+        log_q, log_p = with_rest(log_q, chosen), with_rest(log_p, chosen)
+    return temperature**2 * between(log_p, log_q, kind)
+
+
+def between(log_p: jax.Array, log_q: jax.Array, kind: str) -> jax.Array:
+    """The divergence of q from p, summed over outcomes, [..., n] twice to [...]."""
     p, q = jnp.exp(log_p), jnp.exp(log_q)
     if kind == "forward-kl":
         terms = p * (log_p - log_q)
@@ -48,10 +68,10 @@ def divergence(
     else:
         log_m = jnp.logaddexp(log_p, log_q) - jnp.log(2.0)
         terms = (p * (log_p - log_m) + q * (log_q - log_m)) / 2
-    return temperature**2 * jnp.sum(terms, axis=-1)
+    return jnp.sum(terms, axis=-1)
 
 
-def _with_rest(log_p: jax.Array, chosen: jax.Array) -> jax.Array:
+def with_rest(log_p: jax.Array, chosen: jax.Array) -> jax.Array:
     """log p [..., V] of the chosen ids [..., k], and last of all others together, [..., k + 1]."""
     of_chosen = jnp.take_along_axis(log_p, chosen, axis=-1)
     others = jnp.put_along_axis(log_p, chosen, -jnp.inf, axis=-1, inplace=False)
@@ -68,8 +88,7 @@ class Distillation(nnx.Module):
         self,
         config: DistillationConfig,
         teacher: LanguageModel,
-        student_width: int,
-        student_layers: int,
+        student: ModelConfig,
         ask: Asker,
         *,
         chunk: int,
@@ -80,8 +99,7 @@ class Distillation(nnx.Module):
         Args:
             config: which terms.
             teacher: a model; its parameters are marked as not trainable.
-            student_width: D of the student.
-            student_layers: how many it has.
+            student: what learns.
             ask: what both are asked of a batch.
             chunk: tokens whose logits exist at one time, when the vocabulary is large.
             rngs: for the projections, where the widths differ.
@@ -93,24 +111,24 @@ class Distillation(nnx.Module):
         self.chunk = chunk
         freeze(teacher)
         self.teacher = teacher
-        self.pairs = layer_pairs(config, student_layers, teacher.config.layers) if config.hidden else ()
-        if config.embedding:
-            self.pairs = ((0, 0), *self.pairs)
+        check(config, student, teacher.config)
+        mapped = config.hidden or config.attention or config.relations
+        self.layers: Pairs = layer_pairs(config, student.layers, teacher.config.layers) if mapped else ()
+        self.pairs = ((0, 0),) * bool(config.embedding) + self.layers * bool(config.hidden)
         count = len(self.pairs) + bool(config.cosine)
-        differ = student_width != teacher.config.width
-        if config.blocks:
-            _check_blocks(student_width, student_layers, teacher)
-        widths = student_width, teacher.config.width
+        widths = student.width, teacher.config.width
+        differ = student.width != teacher.config.width
         axes = "embed", "embed_out"
         self.projections = nnx.List([Linear(widths, axes, rngs) for _ in range(count)] if differ else [])
 
     def __call__(self, model: LanguageModel, batch: Batch, rng: jax.Array) -> Loss:
         """See `phyla.training.objectives`; the metrics are the terms without their weights."""
         config = self.config
+        model, guide = model.moved(), self.teacher.moved()
         asked = self.ask(batch, rng)
-        every_layer = bool(self.pairs or config.blocks)
+        every_layer = bool(self.pairs or self.layers or config.blocks or config.mixing)
         student = model.forward(asked.tokens, segment_ids=asked.segment_ids, layers=every_layer)
-        teacher = self.teacher.forward(asked.tokens, segment_ids=asked.segment_ids, layers=every_layer)
+        teacher = guide.forward(asked.tokens, segment_ids=asked.segment_ids, layers=every_layer)
         teacher = jax.tree.map(jax.lax.stop_gradient, teacher)
 
         def of_logits(student_BxCxD: jax.Array, teacher_BxCxD: jax.Array, answers_BxC: jax.Array):
@@ -118,13 +136,11 @@ class Distillation(nnx.Module):
             right = negative_log_likelihood(logits, answers_BxC)
             if not config.soft:
                 return right, jnp.zeros_like(right)
-            softly = jax.lax.stop_gradient(self.teacher.logits(teacher_BxCxD))
+            softly = jax.lax.stop_gradient(guide.logits(teacher_BxCxD))
             kind, temperature = config.divergence, config.temperature
             return right, divergence(logits, softly, kind=kind, temperature=temperature, top_k=config.top_k)
 
-        vocabulary, width = model.config.vocab_size, model.config.width
-        assert vocabulary is not None
-        chunk = self.chunk if vocabulary > 8 * width else asked.tokens.size
+        chunk = logits_chunk(model, asked, self.chunk)
         right, soft = in_chunks(of_logits, (student.hidden, teacher.hidden, asked.answers), chunk=chunk)
 
         def total(x_BxT: jax.Array) -> jax.Array:
@@ -136,27 +152,99 @@ class Distillation(nnx.Module):
         if config.cosine:
             mapped = self._project(-1, student.hidden)
             terms["cosine"] = config.cosine, total(1 - cosine(mapped, teacher.hidden))
-        for i, (mine, its) in enumerate(self.pairs):
-            assert student.layers is not None
-            assert teacher.layers is not None
-            difference = self._project(i, student.layers[mine]) - teacher.layers[its]
-            name = "hidden" if mine else "embedding"
+        mine, its = student.layers, teacher.layers
+        for i, (layer, other) in enumerate(self.pairs):
+            assert mine is not None
+            assert its is not None
+            difference = self._project(i, mine[layer]) - its[other]
+            name = "hidden" if layer else "embedding"
             before = terms[name][1] if name in terms else 0.0
             terms[name] = getattr(config, name), before + total(jnp.mean(jnp.square(difference), axis=-1))
         if config.blocks:
-            terms["blocks"] = config.blocks, total(block_distance(model, teacher.layers, asked.segment_ids))
+            assert its is not None
+            terms["blocks"] = config.blocks, total(block_distance(model, its, asked.segment_ids))
+        if config.mixing:
+            assert its is not None
+            terms["mixing"] = config.mixing, total(mixing_distance(model, guide, its, asked.segment_ids))
 
-        weight, hard = jnp.sum(asked.weights), total(right)
-        penalty, metrics = auxiliary_losses(model.config, student.routing)
-        penalty = penalty * weight + sum(factor * term for factor, term in terms.values())
-        if config.hard != 1:
-            penalty += (config.hard - 1) * hard
-        metrics = {name: value * weight for name, value in metrics.items()}
-        return Loss(hard, weight, metrics | {name: term for name, (_, term) in terms.items()}, penalty)
+        def blocks(layers: tuple[int, int]) -> tuple[tuple[Block, jax.Array], tuple[Block, jax.Array]]:
+            """With what enters them."""
+            assert mine is not None
+            assert its is not None
+            i, j = layers[0] - 1, layers[1] - 1
+            return (model.block(i), mine[i]), (guide.block(j), its[j])
+
+        if config.attention:
+            each = (score_distance(*blocks(layers), asked.segment_ids) for layers in self.layers)
+            terms["attention"] = config.attention, total(sum(each, jnp.zeros(right.shape)))
+        if config.relations:
+            kinds, heads = config.relation_kinds, config.relation_heads
+            found = relation_divergence(*blocks(self.layers[-1]), asked.segment_ids, kinds=kinds, heads=heads)
+            terms["relations"] = config.relations, total(found)
+        return weighed(config, model, student, asked, right, terms)
 
     def _project(self, index: int, x: jax.Array) -> jax.Array:
         """To the teacher's width, float32; as it is where the widths are one."""
         return (self.projections[index](x) if len(self.projections) else x).astype(jnp.float32)
+
+
+def from_lessons(
+    model: LanguageModel, batch: Batch, rng: jax.Array, *, config: DistillationConfig, ask: Asker, chunk: int
+) -> Loss:
+    """`Distillation` with `top_k` and no terms of hidden states, to rounding; no teacher is there.
+
+    Args:
+        model: the student.
+        batch: with what the teacher said of it (`phyla.training.lessons`), `IDS` and `LOG_P`.
+        rng: see `Asker`.
+        config: which terms.
+        ask: what the student is asked of a batch.
+        chunk: tokens whose logits exist at one time, when the vocabulary is large.
+    """
+    asked = ask(batch, rng)
+    student = model.forward(asked.tokens, segment_ids=asked.segment_ids)
+
+    def of_logits(hidden_BxCxD: jax.Array, answers_BxC: jax.Array, ids_BxCxk: jax.Array, log_p_BxCxn: jax.Array):
+        logits = model.logits(hidden_BxCxD)
+        log_q_BxCxn = with_rest(jax.nn.log_softmax(logits / config.temperature), ids_BxCxk)
+        soft = config.temperature**2 * between(log_p_BxCxn, log_q_BxCxn, config.divergence)
+        return negative_log_likelihood(logits, answers_BxC), soft
+
+    given = student.hidden, asked.answers, batch[IDS], batch[LOG_P]
+    right, soft = in_chunks(of_logits, given, chunk=logits_chunk(model, asked, chunk))
+    terms = {"soft": (config.soft, jnp.sum(soft * asked.weights))}
+    return weighed(config, model, student, asked, right, terms)
+
+
+def likeliest(logits: jax.Array, *, temperature: float, top_k: int) -> tuple[jax.Array, jax.Array]:
+    """What a teacher's lesson is: its likeliest ids, int32 [..., k], and `with_rest` of softmax(logits / T)."""
+    chosen = jax.lax.top_k(logits, top_k)[1]
+    return chosen, with_rest(jax.nn.log_softmax(logits / temperature), chosen)
+
+
+def logits_chunk(model: LanguageModel, asked: Questions, chunk: int) -> int:
+    """How many tokens' logits exist at one time: as `objectives.cross_entropy` decides."""
+    vocabulary = model.config.vocab_size
+    assert vocabulary is not None
+    return chunk if vocabulary > 8 * model.config.width else asked.tokens.size
+
+
+def weighed(
+    config: DistillationConfig,
+    model: LanguageModel,
+    student: Output,
+    asked: Questions,
+    right: jax.Array,
+    terms: dict[str, tuple[float, jax.Array]],
+) -> Loss:
+    """The loss of terms with their weights, and of the right tokens' cross-entropy, [B, T]."""
+    weight, hard = jnp.sum(asked.weights), jnp.sum(right * asked.weights)
+    penalty, metrics = auxiliary_losses(model.config, student.routing)
+    penalty = penalty * weight + sum(factor * term for factor, term in terms.values())
+    if config.hard != 1:
+        penalty += (config.hard - 1) * hard
+    metrics = {name: value * weight for name, value in metrics.items()}
+    return Loss(hard, weight, metrics | {name: term for name, (_, term) in terms.items()}, penalty)
 
 
 def cosine(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -166,90 +254,25 @@ def cosine(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.sum(a * b, axis=-1) * jax.lax.rsqrt(jnp.maximum(squares, 1e-12))
 
 
-def layer_pairs(config: DistillationConfig, student: int, teacher: int) -> tuple[tuple[int, int], ...]:
-    """(layer of the student, layer of the teacher) whose outputs are compared, from 1.
-
-    Args:
-        config: `layers`, or evenly spaced as in TinyBERT.
-        student: how many layers it has.
-        teacher: how many it has.
-
-    Raises UserError if `layers` does not name one of the teacher's layers for each of the student's.
-    """
-    layers = config.layers or tuple(max(1, (i + 1) * teacher // student) for i in range(student))
-    if len(layers) != student:
-        raise UserError(f"distillation.layers must name {student} layers, one for each of the student's: {layers}")
-    wrong = [layer for layer in layers if not 1 <= layer <= teacher]
-    if wrong:
-        raise UserError(f"distillation.layers has {wrong[0]}, but the teacher's layers are 1 to {teacher}")
-    return tuple((i + 1, layer) for i, layer in enumerate(layers))
-
-
-def block_distance(model: LanguageModel, streams: jax.Array, segment_ids: jax.Array) -> jax.Array:
-    """The mean over the width of (block(x) - y)², summed over blocks (Bick et al. 2024, section 3.2), float32 [B, T].
-
-    Each block is given the teacher's input to that layer, so that the errors of those before it do not add up.
-
-    Args:
-        model: the student.
-        streams: the teacher's residual stream [L + 1, B, T, D].
-        segment_ids: [B, T].
-    """
-    value, distance = None, jnp.zeros(segment_ids.shape)
-
-    def squared(y: jax.Array, wanted: jax.Array) -> jax.Array:
-        return jnp.mean(jnp.square(y - wanted), axis=-1)
-
-    first = len(model.prefix)
-    for i, block in enumerate(model.prefix):
-        y, value, _, _ = block(streams[i], value, None, segment_ids)
-        distance += squared(y, streams[i + 1])
-
-    def body(carry, period_and_streams):
-        value, distance = carry
-        period, (x_PxBxTxD, wanted_PxBxTxD) = period_and_streams
-        now = value
-        for block, x, wanted in zip(period.blocks, x_PxBxTxD, wanted_PxBxTxD, strict=True):
-            y, now, _, _ = block(x, now if value is not None else None, None, segment_ids)
-            distance += squared(y, wanted)
-        return (value, distance), None
-
-    fold = lambda x: x.reshape(-1, len(model.config.pattern), *x.shape[1:])  # noqa: E731
-    given = fold(streams[first:-1]), fold(streams[first + 1 :])
-    return jax.lax.scan(body, (value, distance), (model.periods, given))[0][1]
-
-
-def make_distillation(experiment: Experiment, teacher: LanguageModel, mask_id: int) -> Distillation:
+def make_distillation(experiment: Experiment, teacher: LanguageModel, mask_id: int) -> Objective:
     """What an experiment with a teacher minimises.
 
     Args:
         experiment: the student's, with its vocabulary.
-        teacher: a model of the same vocabulary.
+        teacher: a model of the same vocabulary; of one whose lessons are kept only the shapes are wanted.
         mask_id: the tokenizer's mask, for the masked-token objective.
 
     Raises UserError if the two do not fit.
     """
-    model, loop = experiment.model, experiment.loop
+    model, loop, config = experiment.model, experiment.loop, experiment.distillation
     if model.vocab_size != teacher.config.vocab_size:
         raise UserError(f"model.vocab_size {model.vocab_size} is not the teacher's {teacher.config.vocab_size}")
     assert model.vocab_size is not None
-    if (experiment.distillation.top_k or 0) >= model.vocab_size:
-        top_k = experiment.distillation.top_k
-        raise UserError(f"distillation.top_k must be below model.vocab_size {model.vocab_size}, not {top_k}")
-    if experiment.distillation.blocks and model.groups not in (None, model.repeats):
+    if (config.top_k or 0) >= model.vocab_size:
+        raise UserError(f"distillation.top_k must be below model.vocab_size {model.vocab_size}, not {config.top_k}")
+    if config.blocks and model.groups not in (None, model.repeats):
         raise UserError("distillation.blocks is not for layers that share parameters (model.groups)")
     ask = make_asker(experiment, mask_id)
-    rngs = nnx.Rngs(loop.seed)
-    return Distillation(
-        experiment.distillation, teacher, model.width, model.layers, ask, chunk=loop.loss_chunk, rngs=rngs
-    )
-
-
-def _check_blocks(width: int, layers: int, teacher: LanguageModel) -> None:
-    same = width, layers
-    its = teacher.config.width, teacher.config.layers
-    if same != its:
-        raise UserError(
-            f"distillation.blocks needs the teacher's width and layers: model.width {its[0]} and model.layers "
-            f"{its[1]}, not {width} and {layers}"
-        )
+    if config.cache is not None:
+        return functools.partial(from_lessons, config=config, ask=ask, chunk=loop.loss_chunk)
+    return Distillation(config, teacher, model, ask, chunk=loop.loss_chunk, rngs=nnx.Rngs(loop.seed))

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from phyla.models.language_model import LanguageModel
+from phyla.models.language_model import LanguageModel, ModelState
 from phyla.training import sharding
 from phyla.training.data.pipeline import Packed
 from phyla.training.evaluate import bits_per_byte
@@ -35,6 +35,7 @@ def divergences(
     batch_size: int,
     chunk: int,
     mesh: Mesh,
+    call: int | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Divergence]:
     """Compares each model with the first, on every row of a packed text.
@@ -46,6 +47,7 @@ def divergences(
         batch_size: sequences at a time.
         chunk: tokens whose logits, of two models, exist at one time.
         mesh: where the batches go.
+        call: tokens of a row that a model reads at a time, going on from the state that those before left; None: all.
         progress: called with the number of batches done.
     """
     graphdefs, params = zip(*(nnx.split(model) for model in models), strict=True)
@@ -54,7 +56,7 @@ def divergences(
     def sums(params: tuple[nnx.State, ...], batch: Batch) -> jax.Array:
         asked = ask(batch, jax.random.key(0))
         networks = [nnx.merge(graphdef, of_one) for graphdef, of_one in zip(graphdefs, params, strict=True)]
-        hidden = tuple(each.forward(asked.tokens, segment_ids=asked.segment_ids).hidden for each in networks)
+        hidden = tuple(_hidden(each, asked.tokens, asked.segment_ids, call) for each in networks)
 
         def of_chunk(part: tuple) -> jax.Array:
             hidden, answers_C, weights_C = part
@@ -86,3 +88,22 @@ def divergences(
     total = np.asarray(jax.device_get(totals), np.float64).sum(axis=0)
     means = total[:, :3] / total[:, 3:]
     return [Divergence(bits_per_byte(float(loss), packed), float(kl), float(same)) for loss, kl, same in means]
+
+
+def _hidden(model: LanguageModel, tokens: jax.Array, segment_ids: jax.Array, call: int | None) -> jax.Array:
+    """[B, T, D]; see `divergences`."""
+    if call is None:
+        return model.forward(tokens, segment_ids=segment_ids).hidden
+    B, T = tokens.shape
+
+    def calls(x_BxT: jax.Array) -> jax.Array:
+        """[calls, B, call], padded at the end, which no token before sees."""
+        return jnp.pad(x_BxT, ((0, 0), (0, -T % call))).reshape(B, -1, call).swapaxes(0, 1)
+
+    def one(state: ModelState, given: tuple[jax.Array, jax.Array]) -> tuple[ModelState, jax.Array]:
+        hidden, state = model(given[0], state, given[1])
+        return state, hidden
+
+    state = model.initial_state(B, T + -T % call)
+    _, hidden_NxBxCxD = jax.lax.scan(one, state, (calls(tokens), calls(segment_ids)))
+    return hidden_NxBxCxD.swapaxes(0, 1).reshape(B, -1, hidden_NxBxCxD.shape[-1])[:, :T]

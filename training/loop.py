@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -20,6 +21,7 @@ from phyla.training.config import Experiment
 from phyla.training.data.pipeline import Packed, prepare, train_iterator
 from phyla.training.distillation import make_distillation
 from phyla.training.evaluate import Score, make_evaluate, score
+from phyla.training.lessons import make_lessons
 from phyla.training.log import Log
 from phyla.training.optimizer import make_optimizer, schedule
 from phyla.training.progress import Reporter
@@ -62,10 +64,13 @@ def train(
     graphdef, abstract_params, abstract_frozen = split(model)
     measured = make_objective(experiment, tokenizer.mask_id)
     objective, flops_per_token = measured, 3 * sizes.flops_per_token(experiment.model, experiment.data.sequence_length)
+    lessons = None
     if begins.teacher is not None:
         teacher = begins.teacher.model()
         objective = make_distillation(experiment, teacher, tokenizer.mask_id)
-        flops_per_token += sizes.flops_per_token(teacher.config, experiment.data.sequence_length)
+        lessons = make_lessons(experiment, begins.teacher, tokenizer)
+        if lessons is None:
+            flops_per_token += sizes.flops_per_token(teacher.config, experiment.data.sequence_length)
     _, own, own_frozen = split(objective)
     validation = prepare(experiment.data, tokenizer, "validation")
     notes = [validation.note] if validation.note else []
@@ -78,6 +83,7 @@ def train(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         note=notes.append,
+        beside=None if lessons is None else lessons.of,
     )
 
     # From here on the run exists.
@@ -85,6 +91,10 @@ def train(
     if (folder / SUMMARY).exists():
         return json.loads((folder / SUMMARY).read_text())
     tokenizer.save(folder / "tokenizer")
+    rows = validation.rows
+    if lessons is not None:
+        lessons.fill(mesh, reporter)
+        rows = rows | lessons.rows(np.zeros(1, int))
     optimizer = sparse(
         make_optimizer(experiment.optimizer, config.steps, (abstract_params, own)),
         experiment.sparsity,
@@ -126,11 +136,11 @@ def train(
 
         task.update(begin, "compiling")
         step = make_step(graphdef, objective, optimizer, config)
-        batch = sharding.abstract_batch(config.batch_size, validation.rows, mesh)
+        batch = sharding.abstract_batch(config.batch_size, rows, mesh)
         compiled = compile_step(step, state, batch, layout, mesh)
         sums = make_evaluate(graphdef, measured)
         reporter.note(_introduction(experiment, folder, mesh, abstract_params))
-        if said := what_is_trained(model):
+        if said := what_is_trained(model, experiment.optimizer):
             reporter.note(f"{experiment.name}: {said}")
         log = Log(
             folder,

@@ -130,7 +130,7 @@ def in_chunks[T](of: Callable[..., T], arrays: tuple[jax.Array, ...], *, chunk: 
     """`of(*arrays)`, at most `chunk` tokens at a time; the backward pass computes each part again.
 
     Args:
-        of: from [B, C, ...] each to any number of [B, C], for any C.
+        of: from [B, C, ...] each to any number of [B, C, ...], for any C.
         arrays: [B, T, ...] each.
         chunk: tokens; where B · T is not more, nothing is divided or computed again.
     """
@@ -146,7 +146,11 @@ def in_chunks[T](of: Callable[..., T], arrays: tuple[jax.Array, ...], *, chunk: 
         return jnp.stack(jnp.split(array, chunks, axis=1))
 
     of_parts = jax.lax.map(jax.checkpoint(lambda part: of(*part)), tuple(map(parts, arrays)))
-    return jax.tree.map(lambda x_CxBxS: jnp.moveaxis(x_CxBxS, 0, 1).reshape(B, chunks * size)[:, :T], of_parts)
+
+    def whole(x_CxBxS: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x_CxBxS, 0, 1).reshape(B, chunks * size, *x_CxBxS.shape[3:])[:, :T]
+
+    return jax.tree.map(whole, of_parts)
 
 
 @jax.custom_vjp

@@ -57,6 +57,12 @@ def make_optimizer(config: OptimizerConfig, steps: int, params: Any) -> optax.Gr
     )
 
 
+def state_bytes(config: OptimizerConfig, params: Any) -> int:
+    """Of the optimizer's state for `params`, or for shapes in their place; nothing is computed."""
+    state = jax.eval_shape(make_optimizer(config, 1, params).init, params)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
 def metadata(params: Any, name: str) -> Any:
     """One metadata entry of every parameter, as a tree."""
     return _map_variables(lambda variable: variable.get_metadata()[name], params)

@@ -28,9 +28,8 @@ from phyla.models.formats.folder import read_json
 from phyla.models.formats.source import place
 from phyla.models.formats.table import Format
 from phyla.training import run
-from phyla.training.checkpoints import Checkpoints
+from phyla.training.adapters import save_on_base
 from phyla.training.saved import load
-from phyla.training.step import split
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -145,17 +144,15 @@ def import_peft(source: Path, base: Path, out: Path) -> None:
             _set(held[module.path], module.layer, name, tensors[key])
     if left:
         raise UserError(f"{source}: {min(left)} has no place in {base}")
-    run.create(out, experiment, run.read_record(base)["tokenizer"], compression=(*saved.recipes, rule))
-    if saved.own_tokenizer is not None:
-        saved.own_tokenizer.save(out / "tokenizer")
-    with Checkpoints(out, frozen=False) as checkpoints:
-        checkpoints.save_params(split(model)[1])
+    save_on_base(out, experiment, saved, (rule,), model)
 
 
 def _rule(source: Path, config: dict, paths: set[str]) -> Rule:
     """The recipe that makes room for it."""
     refused = {"modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}, "layers_to_transform": None}
-    for flag, value in (refused | {"bias": "none", "fan_in_fan_out": False}).items():
+    refused |= {"bias": "none", "fan_in_fan_out": False, "lora_bias": False, "use_qalora": False, "use_bdlora": False}
+    refused |= {"layer_replication": None, "alora_invocation_tokens": None, "trainable_token_indices": None}
+    for flag, value in refused.items():
         if config.get(flag, value) not in (value, None):
             raise UserError(f"{source / CONFIG}: {flag} is {json.dumps(config[flag])}; supported: {json.dumps(value)}")
     if not paths:

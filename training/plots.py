@@ -20,6 +20,8 @@ INK, SOFT = "#1A1C20", "#6B7280"
 WIDTH, FONT = 7.0, 11  # inches and points: still readable on a telephone
 NOT_MEASURED = "–"
 type Labels = list[tuple[float, str, str]]  # value, name, colour
+OVERLAP = 12
+"""Pixels between two points below which one name does for both."""
 
 
 def human(value: float, unit: str = "") -> str:
@@ -151,16 +153,14 @@ def pareto(points: Mapping[str, Sequence[dict]]) -> bytes:
     for axes, (key, label, unit, sign) in zip(panels, kinds, strict=True):
         _dress(axes, label, "validation bits per byte")
         axes.set_xscale("log")
-        everything, labels = [], []
+        everything, labels, recipes = [], [], []
         for name, (colour, marker) in styles(list(points)).items():
             of_one = [each for each in points[name] if math.isfinite(each.get(key, math.nan))]
             for each in of_one:
                 face = "white" if each["recipe"] else colour
                 x, y = each[key], each["bits_per_byte"]
                 axes.plot(x, y, marker, markersize=7, markerfacecolor=face, markeredgecolor=colour)
-                if each["recipe"]:
-                    style = {"fontsize": FONT - 4, "color": _text(colour), "textcoords": "offset points"}
-                    axes.annotate(each["recipe"], (x, y), xytext=(5, 3), **style)
+            recipes.append((colour, [(each[key], each["bits_per_byte"], each["recipe"]) for each in of_one]))
             everything += [(sign * each[key], each["bits_per_byte"]) for each in of_one]
             if of_one:
                 labels.append((of_one[0]["bits_per_byte"], name, colour))
@@ -171,6 +171,8 @@ def pareto(points: Mapping[str, Sequence[dict]]) -> bytes:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _, unit=unit: human(value, unit)))
         axes.margins(x=0.12, y=0.1)
         _name(axes, labels)
+        for colour, named in recipes:
+            _name_recipes(axes, colour, named)
     return _png(figure)
 
 
@@ -240,6 +242,7 @@ def _dress(axes: Axes, x: str, y: str) -> None:
 
 def _name(axes: Axes, labels: Labels) -> None:
     """Names the values on the right margin, in their colours, moved apart where they would overlap."""
+    axes.autoscale_view()  # the transform knows no limits that are still to be found
     height = axes.get_window_extent().height
     place = axes.get_yaxis_transform() - axes.transAxes
     where = sorted((place.transform((1, y))[1], name, colour) for y, name, colour in labels if math.isfinite(y))
@@ -265,6 +268,19 @@ def _name(axes: Axes, labels: Labels) -> None:
             va="center",
             annotation_clip=False,
         )
+
+
+def _name_recipes(axes: Axes, colour: str, points: Sequence[tuple[float, float, str | None]]) -> None:
+    """Writes the recipes beside their points; those of points that overlap become one name."""
+    names: dict[tuple[float, float], list[str]] = {}
+    for x, y, recipe in points:
+        if recipe:
+            at = axes.transData.transform((x, y))
+            near = (other for other in names if math.dist(axes.transData.transform(other), at) < OVERLAP)
+            names.setdefault(next(near, (x, y)), []).append(recipe)
+    for at, recipes in names.items():
+        style = {"fontsize": FONT - 4, "color": _text(colour), "textcoords": "offset points"}
+        axes.annotate(", ".join(recipes), at, xytext=(5, 3), **style)
 
 
 def spread(targets: Sequence[float], gap: float) -> list[float]:

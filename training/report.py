@@ -31,7 +31,7 @@ class Results:
     speeds: dict[str, dict]
     baselines: dict[str, float]
     compressed: dict[str, list[dict]]
-    """Of the first seed of each architecture: as it was trained (recipe None), then by recipe."""
+    """Of the first seed of each architecture: as it was trained (recipe None), by recipe, then runs by their folder."""
 
     def field(self, name: str, key: str) -> list[float]:
         """One value for each finished seed; NaN where it was not measured or is not finite."""
@@ -219,7 +219,7 @@ def content(plan: dict, results: Results) -> list[Block]:
         ("Learning curves", _learning_curves(results, several)),
         ("Bits per byte", _bits_per_byte(results, several)),
         ("Speed and state", _speed(results)),
-        *([("Compressed", _compressed(results))] if plan.get("compress") else []),
+        *([("Compressed", _compressed(results))] if plan.get("compress") or plan.get("beside") else []),
     ):
         blocks += [Heading(heading), *(found or [Paragraph("Not measured yet.")])]
     blocks.append(Heading("Generated text"))
@@ -298,9 +298,9 @@ def _compressed(results: Results) -> list[Block]:
     if not results.compressed:
         return []
     caption = (
-        "Validation bits per byte of the first seed of each architecture, as trained (filled) and compressed (open), "
-        "against the bytes of its weights and against decoding speed; the dashed line is the Pareto front. "
-        "Losses are of that part of the text which the learning curves are of."
+        "Validation bits per byte of the first seed of each architecture, as trained (filled), and of what was made of "
+        "it, by a recipe or as a run of its own (open), against the bytes of its weights and against decoding speed; "
+        "the dashed line is the Pareto front. Losses are of that part of the text which the learning curves are of."
     )
     return [compressed_table(results), Plot("compressed", plots.pareto(results.compressed), caption)]
 

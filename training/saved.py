@@ -1,6 +1,8 @@
 """A trained model from its run directory: all that evaluation, generation and comparison need."""
 
 import functools
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from phyla.compression.recipes import parse
 from phyla.compression.rule import Rule
 from phyla.models.errors import UserError
 from phyla.models.language_model import LanguageModel
+from phyla.models.serialization import to_json
 from phyla.training import run, sharding
 from phyla.training.checkpoints import Checkpoints, whole_step, with_shardings
 from phyla.training.config import Experiment, MeshConfig
@@ -69,8 +72,8 @@ def make_objective(experiment: Experiment, mask_id: int) -> Objective:
     return functools.partial(masked_token, chunk=experiment.loop.loss_chunk, mask_id=mask_id)
 
 
-def load(folder: Path) -> Saved:
-    """The run's last checkpoint, on the first device.
+def load(folder: Path, *, arrays: bool = True) -> Saved:
+    """The run's last checkpoint, on the first device; without `arrays` only their shapes, and nothing is read.
 
     Raises UserError if the folder is not a run, has no checkpoint yet, or has another tokenizer than it was trained
     with.
@@ -88,23 +91,39 @@ def load(folder: Path) -> Saved:
     params, frozen = (with_shardings(each, sharding.shardings(each, mesh)) for each in abstract)
     with Checkpoints(folder) as checkpoints:
         step = whole_step(checkpoints, folder)
-        item = "ema" if checkpoints.has(step, "ema") else "params"
-        params = checkpoints.restore_params(step, params, item)
-        if checkpoints.has(step, "frozen"):
-            frozen = checkpoints.restore_params(step, frozen, "frozen")
-        elif frozen:
-            frozen = _frozen_of_base(experiment)
+        if arrays:
+            item = "ema" if checkpoints.has(step, "ema") else "params"
+            params = checkpoints.restore_params(step, params, item)
+            if checkpoints.has(step, "frozen"):
+                frozen = checkpoints.restore_params(step, frozen, "frozen")
+            elif frozen:
+                frozen = _frozen_of_base(experiment)
         params = nnx.merge_state(params, frozen)
     return Saved(
         folder=folder,
         experiment=experiment,
         own_tokenizer=tokenizer,
         graphdef=graphdef,
-        params=jax.block_until_ready(params),
+        params=jax.block_until_ready(params) if arrays else params,
         mesh=mesh,
         step=step,
         recipes=recipes,
     )
+
+
+def fingerprint(saved: Saved) -> str:
+    """Of the model: equal only if its configuration, its recipes and the files of its weights are equal."""
+    known = {"model": to_json(saved.experiment.model), "recipes": list(map(str, saved.recipes))}
+    digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
+    with Checkpoints(saved.folder) as checkpoints:
+        item = "ema" if checkpoints.has(saved.step, "ema") else "params"
+        whole = checkpoints.has(saved.step, "frozen")
+        for path in checkpoints.files(saved.step, (item, "frozen")):
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    if saved.experiment.base is not None and not whole and split(saved.model())[2]:
+        digest.update(fingerprint(load(Path(saved.experiment.base), arrays=False)).encode())
+    return digest.hexdigest()
 
 
 def prepared(model: LanguageModel, experiment: Experiment) -> LanguageModel:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from phyla.models.language_model import LanguageModel
 from phyla.training.generate import BLOCK, Generator, Sampling
 from phyla.training.saved import Saved
 
@@ -51,14 +52,14 @@ def measure(
             (decoder, _), spent = _timed(generator.decode, saved.params, decoder, count=BLOCK)
             seconds.append(spent)
         record["decode_tokens_per_second"].append(BLOCK / statistics.median(seconds[1:]))
-        record["state_bytes"].append(state_bytes(saved, length))
+        record["state_bytes"].append(state_bytes(saved.model(), length))
         progress(i + 1)
     return record
 
 
-def state_bytes(saved: Saved, length: int) -> int:
+def state_bytes(model: LanguageModel, length: int) -> int:
     """Of one sequence's state after `length` tokens."""
-    state = jax.eval_shape(lambda: saved.model().initial_state(1, length))
+    state = jax.eval_shape(lambda: model.initial_state(1, length))
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 

@@ -20,8 +20,9 @@ from phyla.models import sizes
 from phyla.models.adapted import Adapter
 from phyla.models.errors import UserError
 from phyla.models.language_model import LanguageModel
-from phyla.training.config import Experiment
+from phyla.training.config import Experiment, OptimizerConfig
 from phyla.training.data.tokenizers import Tokenizer, make_tokenizer
+from phyla.training.optimizer import state_bytes
 from phyla.training.saved import Saved, load, prepared
 from phyla.training.step import split
 from phyla.training.transfer import initialise_from, summary
@@ -35,7 +36,7 @@ class Start(NamedTuple):
     own: tuple[Rule, ...]
     """What is done to it before it is trained."""
     teacher: Saved | None
-    """What is distilled into it."""
+    """What is distilled into it; without its arrays if its lessons are kept (`distillation.cache`)."""
 
     @property
     def recipes(self) -> tuple[Rule, ...]:
@@ -91,23 +92,27 @@ class Start(NamedTuple):
         elif self.teacher is not None and self.experiment.distillation.copy:
             graphdef = nnx.split(abstract(config, ()))[0]
             student = nnx.merge(graphdef, jax.jit(lambda: nnx.split(new())[1])())
-            model, copied, left = initialise_from(student, self.teacher.model())
+            teacher = self.teacher if self.experiment.distillation.cache is None else load(self.teacher.folder)
+            model, copied, left = initialise_from(student, teacher.model())
             note(summary(copied, left))
         else:
             return jax.jit(lambda: split(prepared(new(), self.experiment))[1:], out_shardings=(params, frozen))()
         return jax.device_put(split(prepared(model, self.experiment))[1:], (params, frozen))
 
 
-def what_is_trained(model: LanguageModel) -> str:
-    """How many parameters are trained if not all are; with adapters, for each kind of layer how much of it has one.
+def what_is_trained(model: LanguageModel, optimizer: OptimizerConfig) -> str:
+    """How many parameters are trained if not all are, and the bytes that the optimizer keeps for them.
 
-    The share is that of its matrices' numbers.
+    With adapters, for each kind of layer how much of it has one: the share of its matrices' numbers.
     """
     _, params, frozen = split(model)
     if not frozen:
         return ""
     trained = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     said = f"trains {trained:,} numbers beside {sizes.count(model.config):,}"
+    dense = split(sizes.abstract(model.config))[1]
+    kept, of_all = (state_bytes(optimizer, each) for each in (params, dense))
+    said += f"; {optimizer.name} keeps {kept:,} bytes for them (for all: {of_all:,})"
     shares: dict[str, list[int]] = {}
     for target in targets(model):
         size = math.prod(target.held.shape)
@@ -136,7 +141,8 @@ def start(experiment: Experiment) -> Start:
         raise UserError(
             f"{adapters[-1]} would freeze what {adapters[0]} learns: train one, then the other from its run"
         )
-    teacher = None if experiment.teacher is None else load(Path(experiment.teacher))
+    kept = experiment.distillation.cache is not None
+    teacher = None if experiment.teacher is None else load(Path(experiment.teacher), arrays=not kept)
     if teacher is not None and experiment.model.vocab_size is None:
         vocab_size = teacher.model().config.vocab_size
         model = dataclasses.replace(experiment.model, vocab_size=vocab_size)

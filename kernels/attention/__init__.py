@@ -33,13 +33,17 @@ def attention(
     *,
     causal: bool = True,
     window: int | None = None,
+    stride: int | None = None,
+    everywhere: int = 0,
     slopes: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """softmax(q·k / √H - slope · distance) v over the keys that a query sees (Vaswani et al. 2017, equation 1).
 
     A query sees the keys of its own document at distance 0 to `window` - 1: backwards only if `causal`, else both
-    ways. It must see at least one. Logits, softmax and sums are float32.
+    ways. With a window it may also see every `stride`-th token (Child et al. 2019, arXiv 1904.10509, section 4.3), and
+    the first tokens of its document (Beltagy et al. 2020, arXiv 2004.05150, section 3.1). It must see at least one.
+    Logits, softmax and sums are float32.
 
     Args:
         q: [B, T, N, H].
@@ -50,6 +54,8 @@ def attention(
         keys: of the S tokens.
         causal: see above.
         window: see above; None: no bound.
+        stride: also the keys at distances that it divides; None: no others.
+        everywhere: so many tokens, the first of each document, are seen by all, and if not `causal` see all.
         slopes: [N], of linear biases (Press et al. 2022), or None.
         implementation: "reference" (`jax.nn.dot_product_attention`, also what accelerators use), "xla" (blocks of
             queries, recomputed in the backward pass: what a CPU is fastest with), or None for the backend's best.
@@ -58,4 +64,6 @@ def attention(
         [B, T, N, H] in q's dtype.
     """
     run = resolve("attention", implementation, IMPLEMENTATIONS)
-    return run(q, k, v, queries, keys, causal=causal, window=window, slopes=slopes)
+    return run(
+        q, k, v, queries, keys, causal=causal, window=window, stride=stride, everywhere=everywhere, slopes=slopes
+    )

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 from phyla.kernels.attention.mask import linear_bias, seen
 
 
-def attention_library(q, k, v, queries, keys, *, causal, window, slopes):
+def attention_library(q, k, v, queries, keys, *, causal, window, stride, everywhere, slopes):
     """`jax.nn.dot_product_attention` with the mask and the bias written out."""
-    mask_BxTxS = seen(queries, keys, causal, window)
+    mask_BxTxS = seen(queries, keys, causal, window, stride, everywhere)
     return jax.nn.dot_product_attention(
         q,
         k,

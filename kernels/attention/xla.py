@@ -18,7 +18,7 @@ MOST_BLOCKS = 32  # unrolled: this bounds compile time
 HIDDEN = -1e30  # a logit that no exp sees, and finite
 
 
-def attention_xla(q, k, v, queries, keys, *, causal, window, slopes):
+def attention_xla(q, k, v, queries, keys, *, causal, window, stride, everywhere, slopes):
     """One block after the other."""
     T, N = q.shape[1], q.shape[2]
     groups = N // k.shape[2]
@@ -26,13 +26,15 @@ def attention_xla(q, k, v, queries, keys, *, causal, window, slopes):
     k_BxKxSxH, v_BxKxSxH = (jnp.swapaxes(x, 1, 2) for x in (k, v))
     size = max(BLOCK, math.ceil(T / MOST_BLOCKS))
     aligned = queries is keys
+    reach = window if stride is None and not everywhere else None
 
     @jax.checkpoint
     def block(q, k, v, queries, keys):
         logits_BxKxGxTxS = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32)
         if slopes is not None:
             logits_BxKxGxTxS += rearrange(linear_bias(slopes, queries, keys), "(k g) t s -> k g t s", g=groups)
-        logits_BxKxGxTxS = jnp.where(seen(queries, keys, causal, window)[:, None, None], logits_BxKxGxTxS, HIDDEN)
+        seen_BxTxS = seen(queries, keys, causal, window, stride, everywhere)
+        logits_BxKxGxTxS = jnp.where(seen_BxTxS[:, None, None], logits_BxKxGxTxS, HIDDEN)
         highest = jax.lax.stop_gradient(logits_BxKxGxTxS.max(-1, keepdims=True))
         p_BxKxGxTxS = jnp.exp(logits_BxKxGxTxS - highest)
         y_BxKxGxTxH = jnp.einsum(
@@ -46,8 +48,8 @@ def attention_xla(q, k, v, queries, keys, *, causal, window, slopes):
     blocks = []
     for start in range(0, T, size):
         rows = slice(start, min(start + size, T))
-        first = max(0, rows.start - window + 1) if aligned and window is not None else 0
-        end = min(rows.stop, T) if causal else T if window is None else min(rows.stop + window - 1, T)
+        first = max(0, rows.start - reach + 1) if aligned and reach is not None else 0
+        end = min(rows.stop, T) if causal else T if reach is None else min(rows.stop + reach - 1, T)
         near = slice(first, end) if aligned else slice(None)
         blocks.append(
             block(

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,12 @@ from einops import rearrange
 from flax import nnx
 
 from phyla.kernels.attention import Tokens, attention
+from phyla.kernels.attention.mask import linear_bias, seen
+from phyla.kernels.attention.xla import HIDDEN
 from phyla.models.config import LayerConfig, ModelConfig
 from phyla.models.cursor import Cursor, advance, start
 from phyla.models.errors import UserError, check_divides
+from phyla.models.held import alike, floats
 from phyla.models.layers import Layer, Linear, RMSNorm
 from phyla.models.weights import fan_in
 
@@ -51,6 +54,10 @@ class AttentionConfig(LayerConfig):
     """For sequences longer than in training."""
     window: int | None = None
     """How many tokens back, itself included, a token sees; None: all."""
+    stride: int | None = None
+    """Beside the window, every so manieth token before a token (Child et al. 2019, strided); None: no others."""
+    global_tokens: int = 0
+    """Beside the window, so many first tokens of a document; if not causal, they see all (Longformer, BigBird)."""
     causal: bool = True
     """False: every token of a segment sees every other."""
     qk_norm: bool = False
@@ -63,9 +70,16 @@ class AttentionConfig(LayerConfig):
     def build(self, model: ModelConfig, rngs: nnx.Rngs, layer: jax.Array | int) -> "Attention":
         """See `LayerConfig.build`."""
         kv_heads = self.heads if self.kv_heads is None else self.kv_heads
-        for name, value in (("heads", self.heads), ("kv_heads", kv_heads), ("window", self.window)):
+        counts = {"heads": self.heads, "kv_heads": kv_heads, "window": self.window, "stride": self.stride}
+        for name, value in counts.items():
             if value is not None and value < 1:
                 raise UserError(f"attention.{name} must be at least 1, not {value}")
+        if self.window is None and (self.stride is not None or self.global_tokens):
+            raise UserError(
+                "attention.stride and attention.global_tokens need attention.window: without it all is seen"
+            )
+        if self.global_tokens < 0:
+            raise UserError(f"attention.global_tokens must be at least 0, not {self.global_tokens}")
         check_divides("attention.kv_heads", kv_heads, "attention.heads", self.heads)
         if self.head_dim is None:
             check_divides("attention.heads", self.heads, "model.width", model.width)
@@ -73,6 +87,11 @@ class AttentionConfig(LayerConfig):
         if head_dim < 1 or (self.positions == "rope" and head_dim % 2):
             raise UserError(f"attention.head_dim must be positive, and even for RoPE, not {head_dim}")
         return Attention(self, model, rngs)
+
+    @property
+    def reach(self) -> int | None:
+        """How many tokens back a token is needed; None: to the end of its document."""
+        return self.window if self.stride is None and not self.global_tokens else None
 
     def resolved_head_dim(self, model: ModelConfig) -> int:
         """H."""
@@ -82,11 +101,20 @@ class AttentionConfig(LayerConfig):
         """See `LayerConfig.flops_per_token`: q·k and p·v over the keys that a token sees on average."""
         window = min(length, self.window or length)
         seen = window - window * window / (2 * length) if self.causal else window
+        if self.stride is not None:
+            beyond = length - window
+            seen += (beyond * beyond / (2 * length) if self.causal else beyond) / self.stride
+        if self.global_tokens:
+            seen += min(self.global_tokens, length) * (length - window) / length
         return 4 * self.heads * self.resolved_head_dim(model) * seen
+
+    def mixing_heads(self, model: ModelConfig) -> int:
+        """See `LayerConfig.mixing_heads`."""
+        return self.heads
 
 
 class Cache(NamedTuple):
-    """Keys and values of earlier tokens: all of them, or the last `window`."""
+    """Keys and values of earlier tokens: all of them, or the last `reach`."""
 
     k: jax.Array  # [B, S, K, H], rotated
     v: jax.Array  # [B, S, K, H]
@@ -98,6 +126,8 @@ class Cache(NamedTuple):
 
 class Attention(Layer):
     """See `AttentionConfig`."""
+
+    memory: ClassVar = {"k": (-1,), "v": (-1,)}  # a scale for each token and head
 
     def __init__(self, config: AttentionConfig, model: ModelConfig, rngs: nnx.Rngs):
         self.config = config
@@ -118,7 +148,7 @@ class Attention(Layer):
 
     def initial_state(self, batch: int, length: int) -> Cache:
         """An empty cache for `length` tokens, or for the window if that is shorter."""
-        slots = min(length, self.config.window or length)
+        slots = min(length, self.config.reach or length)
         shape = (batch, slots, self.kv_heads, self.head_dim)
         return Cache(
             k=jnp.zeros(shape, self.dtype),
@@ -131,15 +161,15 @@ class Attention(Layer):
 
     def with_room(self, state: Cache, length: int) -> Cache:
         """The cache with free slots for `length` tokens more, or as many as the window has: see `_extend`."""
-        window, slots = self.config.window, len(state.token)
+        window, slots = self.config.reach, len(state.token)
         more = length if window is None else max(0, min(slots + length, window) - slots)
         at = (0, more) if window is None else (more, 0)
 
         def pad(leaf: jax.Array, axis: int, value: int = 0) -> jax.Array:
             return jnp.pad(leaf, [at if i == axis else (0, 0) for i in range(leaf.ndim)], constant_values=value)
 
-        k, v, began, token = pad(state.k, 1), pad(state.v, 1), pad(state.began, 1), pad(state.token, 0, -1)
-        return state._replace(k=k, v=v, began=began, token=token)
+        k, v, began = jax.tree.map(lambda leaf: pad(leaf, 1), (state.k, state.v, state.began))
+        return state._replace(k=k, v=v, began=began, token=pad(state.token, 0, -1))
 
     def __call__(
         self, x: jax.Array, state: Cache | None = None, segment_ids: jax.Array | None = None
@@ -149,19 +179,9 @@ class Attention(Layer):
         A cache made for S tokens holds S: feeding it more is the caller's error and is not detected under jit.
         Raises UserError for a cache on bidirectional attention.
         """
-        config = self.config
-        B, T, _ = x.shape
-        q_BxTxNxH = rearrange(self.q(x), "b t (n h) -> b t n h", n=self.heads)
-        k_BxTxKxH = rearrange(self.k(x), "b t (n h) -> b t n h", n=self.kv_heads)
-        v_BxTxKxH = rearrange(self.v(x), "b t (n h) -> b t n h", n=self.kv_heads)
-        if config.qk_norm:
-            q_BxTxNxH = self.q_norm(q_BxTxNxH).astype(x.dtype)
-            k_BxTxKxH = self.k_norm(k_BxTxKxH).astype(x.dtype)
-        _, positions_BxT, cursor = advance(state and state.cursor, segment_ids, B, T)
-        if config.positions == "rope":
-            q_BxTxNxH = rotate(q_BxTxNxH, positions_BxT, config.rope_base, config.rope_scaling)
-            k_BxTxKxH = rotate(k_BxTxKxH, positions_BxT, config.rope_base, config.rope_scaling)
-
+        config, T = self.config, x.shape[1]
+        _, positions_BxT, cursor = advance(state and state.cursor, segment_ids, *x.shape[:2])
+        q_BxTxNxH, k_BxTxKxH, v_BxTxKxH = self._projected(x, positions_BxT)
         if state is not None and not config.causal:
             raise UserError("bidirectional attention has no cache: call it with state=None")
         token_T = jnp.arange(T, dtype=jnp.int32) + (0 if state is None else state.length)
@@ -170,7 +190,8 @@ class Attention(Layer):
         queries = keys = Tokens(token_T, token_T - positions_BxT if packed else None)
         if state is not None:
             new = k_BxTxKxH, v_BxTxKxH, queries.began, token_T
-            (k_BxTxKxH, v_BxTxKxH, began_BxS, token_S), kept = self._extend(state, new)
+            (k, v, began_BxS, token_S), kept = self._extend(state, new)
+            k_BxTxKxH, v_BxTxKxH = floats(k).astype(x.dtype), floats(v).astype(x.dtype)
             keys = Tokens(token_S, began_BxS)
             state = Cache(*kept, length=state.length + T, cursor=cursor)
         y_BxTxNxH = attention(
@@ -181,27 +202,71 @@ class Attention(Layer):
             keys,
             causal=config.causal,
             window=config.window,
+            stride=config.stride,
+            everywhere=config.global_tokens,
             slopes=alibi_slopes(self.heads) if config.positions == "alibi" else None,
         )
         return self.o(rearrange(y_BxTxNxH, "b t n h -> b t (n h)")), state
 
+    def projected(self, x: jax.Array, segment_ids: jax.Array | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values of x [B, T, D], [B, T, N, H] each: those that several heads share are repeated."""
+        q, k, v = self._projected(x, advance(None, segment_ids, *x.shape[:2])[1])
+        k, v = (jnp.repeat(part, self.heads // self.kv_heads, axis=2) for part in (k, v))
+        return q, k, v
+
+    def seen(self, x: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+        """Which tokens a token attends to, bool [1 or B, T, T]."""
+        tokens = _tokens(advance(None, segment_ids, *x.shape[:2])[1], segment_ids is not None)
+        return seen(tokens, tokens, self.config.causal, self.config.window)
+
+    def scores(self, x: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+        """What the softmax is of, float32 [B, N, T, T]; of tokens that are not `seen` -1e30."""
+        q, k, _ = self.projected(x, segment_ids)
+        scores_BxNxTxT = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32) * self.head_dim**-0.5
+        if self.config.positions == "alibi":
+            tokens = _tokens(jnp.zeros(x.shape[:2], jnp.int32), False)
+            scores_BxNxTxT += linear_bias(alibi_slopes(self.heads), tokens, tokens)
+        return jnp.where(self.seen(x, segment_ids)[:, None], scores_BxNxTxT, HIDDEN)
+
+    def mixing(self, x: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+        """See `Layer.mixing`."""
+        return jax.nn.softmax(self.scores(x, segment_ids), axis=-1)
+
+    def _projected(self, x: jax.Array, positions_BxT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """q [B, T, N, H], k and v [B, T, K, H], normalised and rotated."""
+        config = self.config
+        q_BxTxNxH = rearrange(self.q(x), "b t (n h) -> b t n h", n=self.heads)
+        k_BxTxKxH = rearrange(self.k(x), "b t (n h) -> b t n h", n=self.kv_heads)
+        v_BxTxKxH = rearrange(self.v(x), "b t (n h) -> b t n h", n=self.kv_heads)
+        if config.qk_norm:
+            q_BxTxNxH = self.q_norm(q_BxTxNxH).astype(x.dtype)
+            k_BxTxKxH = self.k_norm(k_BxTxKxH).astype(x.dtype)
+        if config.positions == "rope":
+            q_BxTxNxH = rotate(q_BxTxNxH, positions_BxT, config.rope_base, config.rope_scaling)
+            k_BxTxKxH = rotate(k_BxTxKxH, positions_BxT, config.rope_base, config.rope_scaling)
+        return q_BxTxNxH, k_BxTxKxH, v_BxTxKxH
+
     def _extend(self, state: Cache, new: tuple) -> tuple[tuple, tuple]:
         """What the new tokens may look at, and what the cache keeps: (k, v, began, token) each."""
         old = state.k, state.v, state.began, state.token
-        time = 1, 1, 1, 0
-        if self.config.window is None:
-            new = tuple(
-                jax.lax.dynamic_update_slice_in_dim(o, n.astype(o.dtype), state.length, axis)
-                for o, n, axis in zip(old, new, time, strict=True)
-            )
-            return new, new
+        new, more = alike(new, old), len(new[-1])
+
+        def extended(o: jax.Array, n: jax.Array) -> jax.Array:
+            n, axis = n.astype(o.dtype), min(1, o.ndim - 1)  # time is the last axis of `token`, else the second
+            if self.config.reach is None:
+                return jax.lax.dynamic_update_slice_in_dim(o, n, state.length, axis)
+            return jnp.concatenate([o, n], axis)
+
+        seen = jax.tree.map(extended, old, new)
+        if self.config.reach is None:
+            return seen, seen
         # A window's cache is short: append, look, keep the end.
-        seen = tuple(jnp.concatenate([o, n.astype(o.dtype)], axis) for o, n, axis in zip(old, new, time, strict=True))
-        slots = state.token.shape[0]
-        kept = tuple(
-            jax.lax.slice_in_dim(s, s.shape[axis] - slots, None, axis=axis) for s, axis in zip(seen, time, strict=True)
-        )
-        return seen, kept
+        return seen, jax.tree.map(lambda s: s[more:] if s.ndim == 1 else s[:, more:], seen)
+
+
+def _tokens(positions_BxT: jax.Array, packed: bool) -> Tokens:
+    token_T = jnp.arange(positions_BxT.shape[1], dtype=jnp.int32)
+    return Tokens(token_T, token_T - positions_BxT if packed else None)
 
 
 def rotate(

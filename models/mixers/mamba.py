@@ -3,7 +3,7 @@
 import functools
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +69,8 @@ class MambaState(NamedTuple):
 
 class Mamba(Layer):
     """See `MambaConfig`."""
+
+    memory: ClassVar = {"scan": (-1,)}  # a scale for each channel
 
     def __init__(self, config: MambaConfig, model: ModelConfig, rngs: nnx.Rngs):
         self.config = config

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from phyla.kernels.ssd import ssd
 from phyla.models.config import LayerConfig, ModelConfig
 from phyla.models.cursor import Cursor, advance, carry, start
 from phyla.models.errors import UserError, check_divides
-from phyla.models.layers import Layer, Linear
+from phyla.models.layers import Layer, Linear, by_head, each_apart
 from phyla.models.mixers.mamba import initial_dt_bias
 from phyla.models.weights import constant, fan_in, parameter, taps
 
@@ -69,6 +69,10 @@ class Mamba2Config(LayerConfig):
         """See `LayerConfig.flops_per_token`: 2 for each tap and 5 for each state, as a recurrence."""
         return 2 * self.conv * self.convolved(model) + 5 * self.inner(model) * self.state
 
+    def mixing_heads(self, model: ModelConfig) -> int:
+        """See `LayerConfig.mixing_heads`."""
+        return self.heads(model)
+
 
 class Mamba2State(NamedTuple):
     """What a Mamba-2 layer remembers, in float32."""
@@ -80,6 +84,8 @@ class Mamba2State(NamedTuple):
 
 class Mamba2(Layer):
     """See `Mamba2Config`."""
+
+    memory: ClassVar = {"ssm": (-1,)}  # a scale for each channel
 
     def __init__(self, config: Mamba2Config, model: ModelConfig, rngs: nnx.Rngs):
         self.config = config
@@ -111,10 +117,26 @@ class Mamba2(Layer):
     ) -> tuple[jax.Array, Mamba2State | None]:
         """[B, T, D] -> [B, T, D] and the state after the last token (None if None was given)."""
         B, T, _ = x.shape
-        config = self.config
         conv_state = ssm_state = None
         if state is not None:
             conv_state, ssm_state = carry(state.cursor, segment_ids, (state.conv, state.ssm))
+        x_, *given, z, conv_state = self._given(x, conv_state, segment_ids)
+        x_BxTxHxP = x_.reshape(B, T, self.heads, -1)
+        y_BxTxHxP, ssm_state = ssd(x_BxTxHxP, *given, initial_state=ssm_state, segment_ids=segment_ids)
+        y_BxTxD = self.out_proj(self.norm(y_BxTxHxP.reshape(B, T, self.inner), z).astype(x.dtype))
+        if state is None:
+            return y_BxTxD, None
+        cursor = advance(state.cursor, segment_ids, B, T)[2]
+        return y_BxTxD, Mamba2State(conv_state, ssm_state, cursor)
+
+    def mixing(self, x: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+        """See `Layer.mixing`: by it the convolved x becomes what is normalised, D included."""
+        _, *given, _, _ = self._given(x, None, segment_ids)
+        return by_head(ssd(each_apart(x, self.heads), *given, segment_ids=segment_ids)[0])
+
+    def _given(self, x: jax.Array, conv_state: jax.Array | None, segment_ids: jax.Array | None) -> tuple:
+        """x [B, T, inner], dt, A, B, C and D as `ssd` takes them, the gate, and the convolution's state."""
+        config, shape = self.config, x.shape[:2]
         z, xBC, dt_BxTxH = jnp.split(self.in_proj(x), (self.inner, self.inner + self.convolved), axis=-1)
         xBC, conv_state = causal_conv(
             xBC,
@@ -127,21 +149,8 @@ class Mamba2(Layer):
         dt_BxTxH = jax.nn.softplus(dt_BxTxH.astype(jnp.float32) + self.dt_bias[...])
         if config.dt_limit is not None:
             dt_BxTxH = jnp.clip(dt_BxTxH, *config.dt_limit)
-        y_BxTxHxP, ssm_state = ssd(
-            x_.reshape(B, T, self.heads, config.head_dim),
-            dt_BxTxH,
-            -jnp.exp(self.A_log[...]),
-            B_.reshape(B, T, config.groups, config.state),
-            C_.reshape(B, T, config.groups, config.state),
-            self.D[...],
-            initial_state=ssm_state,
-            segment_ids=segment_ids,
-        )
-        y_BxTxD = self.out_proj(self.norm(y_BxTxHxP.reshape(B, T, self.inner), z).astype(x.dtype))
-        if state is None:
-            return y_BxTxD, None
-        cursor = advance(state.cursor, segment_ids, B, T)[2]
-        return y_BxTxD, Mamba2State(conv_state, ssm_state, cursor)
+        B_BxTxGxN, C_BxTxGxN = (part.reshape(*shape, config.groups, config.state) for part in (B_, C_))
+        return x_, dt_BxTxH, -jnp.exp(self.A_log[...]), B_BxTxGxN, C_BxTxGxN, self.D[...], z, conv_state
 
 
 class GatedRMSNorm(nnx.Module):

@@ -13,7 +13,7 @@ document's start. There is no convolution.
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from phyla.kernels.ssd import ssd
 from phyla.models.config import LayerConfig, ModelConfig
 from phyla.models.cursor import Cursor, advance, carry, start
 from phyla.models.errors import UserError, check_divides
-from phyla.models.layers import Layer, Linear, RMSNorm
+from phyla.models.layers import Layer, Linear, RMSNorm, by_head, each_apart
 from phyla.models.mixers.mamba import initial_dt_bias
 from phyla.models.weights import constant, fan_in, parameter
 
@@ -75,6 +75,10 @@ class Mamba3Config(LayerConfig):
         """See `LayerConfig.flops_per_token`: 5 for each state, as a recurrence; 12 for each pair that rotates."""
         return 5 * self.inner(model) * self.state + 12 * self.heads(model) * self.angles()
 
+    def mixing_heads(self, model: ModelConfig) -> int:
+        """See `LayerConfig.mixing_heads`."""
+        return self.heads(model)
+
 
 class Mamba3State(NamedTuple):
     """What a Mamba-3 layer remembers, in float32."""
@@ -88,6 +92,8 @@ class Mamba3State(NamedTuple):
 
 class Mamba3(Layer):
     """See `Mamba3Config`."""
+
+    memory: ClassVar = {"ssm": (-1,)}  # a scale for each channel; k, v and angle are of one token
 
     def __init__(self, config: Mamba3Config, model: ModelConfig, rngs: nnx.Rngs):
         self.config = config
@@ -122,9 +128,32 @@ class Mamba3(Layer):
         before = state or self.initial_state(B, T)
         if state is not None:
             before = before._replace(**carry(state.cursor, segment_ids, _memory(state)))
-        ends = [sum(self.widths[: i + 1]) for i in range(len(self.widths) - 1)]
-        z, v, B_, C_, dt, rate, mix, angle = jnp.split(self.in_proj(x), ends, axis=-1)
+        z, v, *given = self._split(x)
         v_BxTxHxP = v.reshape(B, T, self.heads, -1).astype(jnp.float32)
+        y_BxTxHxP, angle, ssm, k, now = self._scanned(x, v_BxTxHxP, given, before, segment_ids)
+        y_BxTxD = y_BxTxHxP.reshape(B, T, self.inner) * jax.nn.silu(z.astype(jnp.float32))
+        y_BxTxD = self.out_proj(y_BxTxD.astype(x.dtype))
+        if state is None:
+            return y_BxTxD, None
+        angle, k, v, now = (part[:, -1] for part in (angle, k, v_BxTxHxP, now))
+        ssm += (now[..., None] * v)[..., None] * k[..., None, :]
+        return y_BxTxD, Mamba3State(angle, ssm, k, v, advance(state.cursor, segment_ids, B, T)[2])
+
+    def _split(self, x: jax.Array) -> list[jax.Array]:
+        """Gate, values, and what decides how they are mixed."""
+        ends = [sum(self.widths[: i + 1]) for i in range(len(self.widths) - 1)]
+        return jnp.split(self.in_proj(x), ends, axis=-1)
+
+    def _scanned(
+        self,
+        x: jax.Array,
+        v_BxTxHxP: jax.Array,
+        given: list[jax.Array],
+        before: Mamba3State,
+        segment_ids: jax.Array | None,
+    ) -> tuple[jax.Array, ...]:
+        """The values mixed, [B, T, H, P]; the angles, the state, the keys and the weights of the tokens themselves."""
+        B_, C_, dt, rate, mix, angle = given
         dt_BxTxH = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...])
         log_decay_BxTxH = -dt_BxTxH * jnp.maximum(_heavy_tailed(rate.astype(jnp.float32)), SLOWEST)
         mix_BxTxH = jax.nn.sigmoid(mix.astype(jnp.float32))
@@ -151,13 +180,15 @@ class Mamba3(Layer):
         )
         own_BxTxH = now_BxTxH * jnp.sum(k_BxTxHxN * q_BxTxHxN, axis=-1) + self.D[...]
         y_BxTxHxP = y_BxTxHxP + own_BxTxH[..., None] * v_BxTxHxP
-        y_BxTxD = y_BxTxHxP.reshape(B, T, self.inner) * jax.nn.silu(z.astype(jnp.float32))
-        y_BxTxD = self.out_proj(y_BxTxD.astype(x.dtype))
-        if state is None:
-            return y_BxTxD, None
-        angle, k, v, now = (part[:, -1] for part in (angle_BxTxHxS, k_BxTxHxN, v_BxTxHxP, now_BxTxH))
-        ssm += (now[..., None] * v)[..., None] * k[..., None, :]
-        return y_BxTxD, Mamba3State(angle, ssm, k, v, advance(state.cursor, segment_ids, B, T)[2])
+        return y_BxTxHxP, angle_BxTxHxS, ssm, k_BxTxHxN, now_BxTxH
+
+    def mixing(self, x: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+        """See `Layer.mixing`: D is in it."""
+        B, T, _ = x.shape
+        before = self.initial_state(B, T)._replace(v=jnp.zeros((B, self.heads, T)))
+        before = before._replace(ssm=jnp.zeros((B, self.heads, T, self.config.state)))
+        _, _, *given = self._split(x)
+        return by_head(self._scanned(x, each_apart(x, self.heads), given, before, segment_ids)[0])
 
     def _by_head(self, v_BxTxGN: jax.Array, norm: RMSNorm, bias: nnx.Param) -> jax.Array:
         """Normalised, copied to each head of the group, with the head's bias: float32 [B, T, H, N]."""

@@ -5,7 +5,7 @@ The initialisation is that of the authors' packages, xlstm and xlstm-jax.
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from phyla.models.config import LayerConfig, ModelConfig
 from phyla.models.cursor import Cursor, advance, carry, start
 from phyla.models.errors import UserError, check_divides
 from phyla.models.headwise import HeadNorm, HeadwiseLinear
-from phyla.models.layers import Layer, Linear
+from phyla.models.layers import Layer, Linear, by_head, each_apart
 from phyla.models.weights import constant, normal, parameter, taps
 
 EXPONENT = "a gate is in the exponent of all that follows"
@@ -62,6 +62,10 @@ class MLSTMConfig(LayerConfig):
         """See `LayerConfig.flops_per_token`: 5 for each number of the state."""
         return 5 * self.qk_width(model) * (self.v_width(model) // self.heads + 1)
 
+    def mixing_heads(self, model: ModelConfig) -> int:
+        """See `LayerConfig.mixing_heads`."""
+        return self.heads
+
 
 @dataclass(frozen=True, kw_only=True)
 class MLSTMBlockConfig(LayerConfig):
@@ -104,6 +108,10 @@ class MLSTMBlockConfig(LayerConfig):
         inner = self.inner(model)
         return inner * (2 * self.conv + 5 * (inner // self.heads + 1))
 
+    def mixing_heads(self, model: ModelConfig) -> int:
+        """See `LayerConfig.mixing_heads`."""
+        return self.heads
+
 
 class MLSTMState(NamedTuple):
     """What a mixer remembers, in float32."""
@@ -122,6 +130,8 @@ class MLSTMBlockState(NamedTuple):
 
 class MLSTM(Layer):
     """See `MLSTMConfig`."""
+
+    memory: ClassVar = {"memory.0": (-1,)}  # C, a scale for each key; n and m divide it
 
     def __init__(self, config: MLSTMConfig, model: ModelConfig, rngs: nnx.Rngs):
         self.config = config
@@ -147,23 +157,38 @@ class MLSTM(Layer):
         self, x: jax.Array, state: MLSTMState | None = None, segment_ids: jax.Array | None = None
     ) -> tuple[jax.Array, MLSTMState | None]:
         """[B, T, D] -> [B, T, D] and the state after the last token (None if None was given)."""
-        config = self.config
+        q, k, *gates = self._given(x)
         h_BxTxHxV, memory = mlstm(
-            _heads(self.q(x), config.heads),
-            _heads(self.k(x), config.heads),
-            _heads(self.v(x), config.heads),
-            self._capped(self.i_gate(x) + self.i_bias[...]),
-            self._capped(self.f_gate(x) + self.f_bias[...]),
+            q,
+            k,
+            _heads(self.v(x), self.config.heads),
+            *gates,
             initial_state=None if state is None else carry(state.cursor, segment_ids, state.memory),
             segment_ids=segment_ids,
-            gate=config.gate,
-            epsilon=config.epsilon,
+            gate=self.config.gate,
+            epsilon=self.config.epsilon,
         )
         h_BxTxD = self.norm(h_BxTxHxV) * jax.nn.sigmoid(self.o_gate(x).astype(jnp.float32))
         y_BxTxD = self.out(h_BxTxD.astype(x.dtype))
         if state is None:
             return y_BxTxD, None
         return y_BxTxD, MLSTMState(memory, advance(state.cursor, segment_ids, *x.shape[:2])[2])
+
+    def mixing(self, x: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+        """See `Layer.mixing`: the normaliser is in it, the norm that follows is not."""
+        q, k, *gates = self._given(x)
+        config = self.config
+        given = {"segment_ids": segment_ids, "gate": config.gate, "epsilon": config.epsilon}
+        return by_head(mlstm(q, k, each_apart(x, config.heads), *gates, **given)[0])
+
+    def _given(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        """Queries, keys, and the gates before their activations."""
+        return (
+            _heads(self.q(x), self.config.heads),
+            _heads(self.k(x), self.config.heads),
+            self._capped(self.i_gate(x) + self.i_bias[...]),
+            self._capped(self.f_gate(x) + self.f_bias[...]),
+        )
 
     def _capped(self, gate: jax.Array) -> jax.Array:
         cap = self.config.gate_cap
@@ -172,6 +197,8 @@ class MLSTM(Layer):
 
 class MLSTMBlock(Layer):
     """See `MLSTMBlockConfig`."""
+
+    memory: ClassVar = {"memory.0": (-1,)}  # C, a scale for each key; n and m divide it
 
     def __init__(self, config: MLSTMBlockConfig, model: ModelConfig, rngs: nnx.Rngs):
         self.config = config
@@ -208,10 +235,26 @@ class MLSTMBlock(Layer):
         self, x: jax.Array, state: MLSTMBlockState | None = None, segment_ids: jax.Array | None = None
     ) -> tuple[jax.Array, MLSTMBlockState | None]:
         """[B, T, D] -> [B, T, D] and the state after the last token (None if None was given)."""
-        H = self.config.heads
         conv = memory = None
         if state is not None:
             conv, memory = carry(state.cursor, segment_ids, (state.conv, state.memory))
+        q, k, v, i, f, c_BxTxI, z_BxTxI, conv = self._given(x, conv, segment_ids)
+        h_BxTxHxV, memory = mlstm(q, k, v, i, f, initial_state=memory, segment_ids=segment_ids, gate=self.config.gate)
+        h_BxTxI = self.norm(h_BxTxHxV) + self.skip[...] * c_BxTxI
+        y_BxTxD = self.down(h_BxTxI.astype(x.dtype) * jax.nn.silu(z_BxTxI))
+        if state is None:
+            return y_BxTxD, None
+        return y_BxTxD, MLSTMBlockState(conv, memory, advance(state.cursor, segment_ids, *x.shape[:2])[2])
+
+    def mixing(self, x: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+        """See `Layer.mixing`: the normaliser is in it, the norm that follows and the skip are not."""
+        q, k, _, *gates = self._given(x, None, segment_ids)[:5]
+        values = each_apart(x, self.config.heads)
+        return by_head(mlstm(q, k, values, *gates, segment_ids=segment_ids, gate=self.config.gate)[0])
+
+    def _given(self, x: jax.Array, conv: jax.Array | None, segment_ids: jax.Array | None) -> tuple:
+        """q, k, v, i and f as `mlstm` takes them; what was convolved, the output gate, the convolution's state."""
+        H = self.config.heads
         u_BxTxI, z_BxTxI = jnp.split(self.up(x), 2, axis=-1)
         c_BxTxI, conv = causal_conv(
             u_BxTxI,
@@ -223,21 +266,8 @@ class MLSTMBlock(Layer):
         c_BxTxI = jax.nn.silu(c_BxTxI)
         q, k, v = self.q(c_BxTxI), self.k(c_BxTxI), self.v(u_BxTxI)
         of_gates = jnp.concatenate((q, k, v), axis=-1)
-        h_BxTxHxV, memory = mlstm(
-            _heads(q, H),
-            _heads(k, H),
-            _heads(v, H),
-            self.i_gate(of_gates) + self.i_bias[...],
-            self.f_gate(of_gates) + self.f_bias[...],
-            initial_state=memory,
-            segment_ids=segment_ids,
-            gate=self.config.gate,
-        )
-        h_BxTxI = self.norm(h_BxTxHxV) + self.skip[...] * c_BxTxI
-        y_BxTxD = self.down(h_BxTxI.astype(x.dtype) * jax.nn.silu(z_BxTxI))
-        if state is None:
-            return y_BxTxD, None
-        return y_BxTxD, MLSTMBlockState(conv, memory, advance(state.cursor, segment_ids, *x.shape[:2])[2])
+        i, f = self.i_gate(of_gates) + self.i_bias[...], self.f_gate(of_gates) + self.f_bias[...]
+        return _heads(q, H), _heads(k, H), _heads(v, H), i, f, c_BxTxI, z_BxTxI, conv
 
 
 def _memory(batch: int, H: int, K: int, V: int, gate: Gate) -> tuple[jax.Array, ...]:

@@ -5,7 +5,7 @@ The initialisation and the learning rates are those of the authors' model (RWKV-
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,8 @@ class RWKV4State(NamedTuple):
 class RWKV4(Layer):
     """See `RWKV4Config`."""
 
+    memory: ClassVar = {"wkv.0": (-1,), "wkv.1": (-1,)}  # averages, and ones: see `averages`
+
     def __init__(self, config: RWKV4Config, model: ModelConfig, rngs: nnx.Rngs, layer: jax.Array | int):
         self.width, self.inner = D, inner = model.width, config.inner(model)
         depth, ahead = depths(model, layer)
@@ -95,7 +97,18 @@ class RWKV4(Layer):
         y = self.output((r * y).astype(x.dtype))
         if state is None:
             return y, None
+        wkv = averages(*wkv) if self.held else wkv
         return y, RWKV4State(last, wkv, advance(state.cursor, segment_ids, *x.shape[:2])[2])
+
+
+def averages(total: jax.Array, weight: jax.Array, exponent: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The same state with its totals, over weights of any size, divided by them: averages, ones, and where they went.
+
+    8 bits do for averages of values, also where some channels have seen much and others little; nothing seen stays so.
+    """
+    seen = weight > 0
+    divisor = jnp.where(seen, weight, 1.0)
+    return total / divisor, seen.astype(jnp.float32), exponent + jnp.log(divisor)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ The initialisation and the learning rates are those of the authors' model (RWKV-
 
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from phyla.kernels.wkv6 import wkv6
 from phyla.models.config import LayerConfig, ModelConfig
 from phyla.models.cursor import Cursor, advance, carry, start
 from phyla.models.errors import UserError, check_divides
-from phyla.models.layers import Layer, Linear
+from phyla.models.layers import Layer, Linear, by_head, each_apart
 from phyla.models.mixers.rwkv4 import RWKV4Channel, RWKV4ChannelConfig, depths, vector
 from phyla.models.token_shift import shift
 from phyla.models.weights import constant, orthogonal, uniform
@@ -56,6 +56,10 @@ class RWKV6Config(LayerConfig):
         """See `LayerConfig.flops_per_token`: 5 for each number of the state."""
         return 5 * self.inner(model) * self.head_dim
 
+    def mixing_heads(self, model: ModelConfig) -> int:
+        """See `LayerConfig.mixing_heads`."""
+        return self.inner(model) // self.head_dim
+
 
 @dataclass(frozen=True, kw_only=True)
 class RWKV6ChannelConfig(RWKV4ChannelConfig):
@@ -80,6 +84,8 @@ class RWKV6State(NamedTuple):
 
 class RWKV6(Layer):
     """See `RWKV6Config`."""
+
+    memory: ClassVar = {"wkv": (-1,)}  # a scale for each key: what shares it fades alike
 
     def __init__(self, config: RWKV6Config, model: ModelConfig, rngs: nnx.Rngs, layer: jax.Array | int):
         self.width, self.head_dim = D, _ = model.width, config.head_dim
@@ -123,32 +129,38 @@ class RWKV6(Layer):
         if state is not None:
             last, wkv = carry(state.cursor, segment_ids, (state.last, state.wkv))
         before, last = shift(x, last, segment_ids)
+        r, w, k, v, gate = self._given(x, before)
+        y_BxTxHxK, wkv = wkv6(r, w, k, v, self._first(), initial_state=wkv, segment_ids=segment_ids)
+        y_BxTxI = _normalised(y_BxTxHxK).reshape(B, T, self.inner) * self.norm_scale[...] + self.norm_bias[...]
+        y_BxTxD = self.output((y_BxTxI * jax.nn.silu(gate.astype(jnp.float32))).astype(x.dtype))
+        if state is None:
+            return y_BxTxD, None
+        return y_BxTxD, RWKV6State(last, wkv, advance(state.cursor, segment_ids, B, T)[2])
+
+    def mixing(self, x: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+        """See `Layer.mixing`: the norm that follows is not in it."""
+        r, w, k, v, _ = self._given(x, shift(x, None, segment_ids)[0])
+        return by_head(wkv6(r, w, k, each_apart(x, v.shape[2]), self._first(), segment_ids=segment_ids)[0])
+
+    def _first(self) -> jax.Array:
+        return self.time_first[...].reshape(-1, self.head_dim)
+
+    def _given(self, x: jax.Array, before: jax.Array) -> tuple[jax.Array, ...]:
+        """r, w, k and v as `wkv6` takes them, and the output gate before its activation."""
         change = before - x
 
         def share(name: str) -> jax.Array:
             return getattr(self, f"mix_{name}")[...].astype(x.dtype)
 
         def heads(x_BxTxI: jax.Array) -> jax.Array:
-            return x_BxTxI.reshape(B, T, -1, self.head_dim)
+            return x_BxTxI.reshape(*x.shape[:2], -1, self.head_dim)
 
         low = jnp.split(jnp.tanh(self.mix_down(x + change * share("x"))), len(MIXED), axis=-1)
         more = (up(part) for up, part in zip(self.mix_up, low, strict=True))
         xw, xk, xv, xr, xg = (x + change * (share(name) + m) for name, m in zip(MIXED, more, strict=True))
         decay = self.time_decay[...] + self.decay_up(jnp.tanh(self.decay_down(xw))).astype(jnp.float32)
-        y_BxTxHxK, wkv = wkv6(
-            heads(self.receptance(xr)),
-            heads(-jnp.exp(jnp.minimum(decay, 60.0))),  # exp(-exp(60)) is 0
-            heads(self.key(xk)),
-            heads(self.value(xv)),
-            self.time_first[...].reshape(-1, self.head_dim),
-            initial_state=wkv,
-            segment_ids=segment_ids,
-        )
-        y_BxTxI = _normalised(y_BxTxHxK).reshape(B, T, self.inner) * self.norm_scale[...] + self.norm_bias[...]
-        y_BxTxD = self.output((y_BxTxI * jax.nn.silu(self.gate(xg).astype(jnp.float32))).astype(x.dtype))
-        if state is None:
-            return y_BxTxD, None
-        return y_BxTxD, RWKV6State(last, wkv, advance(state.cursor, segment_ids, B, T)[2])
+        w = -jnp.exp(jnp.minimum(decay, 60.0))  # exp(-exp(60)) is 0
+        return heads(self.receptance(xr)), heads(w), heads(self.key(xk)), heads(self.value(xv)), self.gate(xg)
 
 
 def _normalised(x: jax.Array) -> jax.Array:

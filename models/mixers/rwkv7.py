@@ -16,7 +16,7 @@ from phyla.kernels.wkv7 import wkv7
 from phyla.models.config import LayerConfig, ModelConfig
 from phyla.models.cursor import Cursor, advance, carry, start
 from phyla.models.errors import UserError, check_divides
-from phyla.models.layers import Layer, Linear
+from phyla.models.layers import Layer, Linear, by_head, each_apart
 from phyla.models.token_shift import shift
 from phyla.models.weights import constant, orthogonal, parameter, uniform
 
@@ -74,6 +74,10 @@ class RWKV7Config(LayerConfig):
         """See `LayerConfig.flops_per_token`: 9 for each number of the state."""
         return 9 * self.inner(model) * self.head_dim
 
+    def mixing_heads(self, model: ModelConfig) -> int:
+        """See `LayerConfig.mixing_heads`."""
+        return self.inner(model) // self.head_dim
+
 
 class RWKV7State(NamedTuple):
     """What a time mixing remembers, in float32."""
@@ -99,6 +103,8 @@ class LowRank(nnx.Module):
 
 class RWKV7(Layer):
     """See `RWKV7Config`."""
+
+    memory: ClassVar = {"wkv": (-2,)}  # a scale for each key: what shares it fades alike
 
     shares_value: ClassVar[bool] = True
 
@@ -164,43 +170,51 @@ class RWKV7(Layer):
         if state is not None:
             last, wkv = carry(state.cursor, segment_ids, (state.last, state.wkv))
         before, last = shift(x, last, segment_ids)
-        change = before - x
-
-        def mixed(name: str) -> jax.Array:
-            return x + change * getattr(self, f"x_{name}")[...].astype(x.dtype)
-
-        def heads(x_BxTxI: jax.Array) -> jax.Array:
-            return x_BxTxI.reshape(B, T, -1, self.config.head_dim)
-
-        xv = mixed("v")
-        r, k, v = self.receptance(mixed("r")), self.key(mixed("k")), self.value(xv)
-        log_w = FASTEST * jax.nn.sigmoid(self.w0[...] + self.w(mixed("w"), jnp.tanh))
-        rate = jax.nn.sigmoid(self.a0[...] + self.a(mixed("a")))
-        gate = self.g(mixed("g"), jax.nn.sigmoid)
+        r, log_w, k, erased, added = self._given(x, before)
+        xv = self._mixed(x, before, "v")
+        v, gate = self.value(xv), self.g(self._mixed(x, before, "g"), jax.nn.sigmoid)
         if self.config.value_residual:
             if value is None:
                 raise UserError("rwkv7.value_residual must be false in the first rwkv7 block (give it in model.prefix)")
             v = v + (value - v) * jax.nn.sigmoid(self.v0[...] + self.v(xv)).astype(v.dtype)
-        k = k.astype(jnp.float32)
-        kappa = _unit(heads(k * self.k_k[...]))
-        k = k * (1 + (rate - 1) * self.k_a[...])
         y_BxTxHxK, wkv = wkv7(
-            heads(r),
-            heads(log_w),
-            heads(k),
-            heads(v.astype(jnp.float32)),
-            -kappa,
-            kappa * heads(rate),
+            r,
+            log_w,
+            k,
+            self._heads(v.astype(jnp.float32)),
+            erased,
+            added,
             initial_state=wkv,
             segment_ids=segment_ids,
         )
-        bonus_BxTxHxK = jnp.sum(heads(r * k * self.r_k[...]), -1, keepdims=True) * heads(v)
+        bonus_BxTxHxK = jnp.sum(r * k * self._heads(self.r_k[...]), -1, keepdims=True) * self._heads(v)
         y_BxTxI = _normalised(y_BxTxHxK).reshape(B, T, self.inner) * self.norm_scale[...] + self.norm_bias[...]
         y_BxTxD = self.output(((y_BxTxI + bonus_BxTxHxK.reshape(B, T, self.inner)) * gate).astype(x.dtype))
         value = v if value is None else value
         if state is None:
             return y_BxTxD, None, value
         return y_BxTxD, RWKV7State(last, wkv, advance(state.cursor, segment_ids, B, T)[2]), value
+
+    def mixing(self, x: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+        """See `Layer.mixing`: the norm that follows and the bonus after it are not in it."""
+        r, log_w, k, erased, added = self._given(x, shift(x, None, segment_ids)[0])
+        values = each_apart(x, r.shape[2])
+        return by_head(wkv7(r, log_w, k, values, erased, added, segment_ids=segment_ids)[0])
+
+    def _heads(self, x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:-1], -1, self.config.head_dim)
+
+    def _mixed(self, x: jax.Array, before: jax.Array, name: str) -> jax.Array:
+        return x + (before - x) * getattr(self, f"x_{name}")[...].astype(x.dtype)
+
+    def _given(self, x: jax.Array, before: jax.Array) -> tuple[jax.Array, ...]:
+        """r, log_w, k, a and b as `wkv7` takes them."""
+        r, k = self.receptance(self._mixed(x, before, "r")), self.key(self._mixed(x, before, "k")).astype(jnp.float32)
+        log_w = FASTEST * jax.nn.sigmoid(self.w0[...] + self.w(self._mixed(x, before, "w"), jnp.tanh))
+        rate = jax.nn.sigmoid(self.a0[...] + self.a(self._mixed(x, before, "a")))
+        kappa = _unit(self._heads(k * self.k_k[...]))
+        k = k * (1 + (rate - 1) * self.k_a[...])
+        return self._heads(r), self._heads(log_w), self._heads(k), -kappa, kappa * self._heads(rate)
 
 
 @dataclass(frozen=True, kw_only=True)

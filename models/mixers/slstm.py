@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from phyla.models.cursor import Cursor, advance, carry, start
 from phyla.models.errors import UserError, check_divides
 from phyla.models.headwise import HeadNorm, HeadwiseLinear
 from phyla.models.layers import Layer
+from phyla.models.mixers.rwkv4 import averages
 from phyla.models.weights import constant, normal, parameter, taps
 
 
@@ -51,6 +52,8 @@ class SLSTMState(NamedTuple):
 
 class SLSTM(Layer):
     """See `SLSTMConfig`."""
+
+    memory: ClassVar = {"cell.0": (-1,), "cell.1": (-1,), "cell.2": (-1,)}  # c and n as averages and ones
 
     def __init__(self, config: SLSTMConfig, model: ModelConfig, rngs: nnx.Rngs, layer: jax.Array | int):
         self.config = config
@@ -114,6 +117,10 @@ class SLSTM(Layer):
         y_BxTxD = self.norm(h_BxTxHxP).astype(x.dtype)
         if state is None:
             return y_BxTxD, None
+        if self.held:
+            total, weight, h, exponent = cell
+            c, n, m = averages(total, weight, exponent)
+            cell = c, n, h, m
         return y_BxTxD, SLSTMState(conv_state, cell, advance(state.cursor, segment_ids, B, T)[2])
 
 

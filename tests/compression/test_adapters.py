@@ -79,21 +79,23 @@ def leaves(state) -> dict[str, np.ndarray]:
 
 
 FAMILIES = configs.SMALL
-QUICK = [(family, "lora-r2") for family in FAMILIES] + [("transformer", "prefix-3"), ("rwkv", "state")]
-SLOW = [
-    ("jamba", name) for name in ("rslora-r2", "dora-r2", "pissa-r2", "pfeiffer-2", "bitfit", "prompt-3", "ptuning-3")
-]
-SLOW += [
-    (family, name) for family in FAMILIES for name in ("dora-r2", "ia3", "houlsby-2", "state", "prefix-3", "bitfit")
-]
+METHODS = (
+    *("lora-r2", "rslora-r2", "dora-r2", "pissa-r2", "nf4+lora-r2", "ia3", "houlsby-2", "pfeiffer-2", "bitfit"),
+    *("state", "prefix-3", "prefix-3-mlp", "prompt-3", "ptuning-3", "intrinsic-9", "intrinsic-9-fastfood"),
+    *("qat-int8", "qat-int4", "qat-ternary", "qat-nf4", "qat-w8a8", "lsq-int4", "lsq-int2-tensor"),
+)
+"""Every adapter and every kind of QAT."""
+ELSEWHERE = {"prefix-3": "transformer", "prefix-3-mlp": "transformer", "state": "rwkv"}
+QUICK = [(family, "lora-r2") for family in FAMILIES]
+QUICK += [(ELSEWHERE.get(name, "mamba"), name) for name in METHODS if name != "lora-r2"]
+SLOW = [(family, name) for family in FAMILIES for name in METHODS if (family, name) not in QUICK]
 NOT = {("transformer", "state"): "no layer of this model has a state", ("transformer", "bitfit"): "it has no biases"}
+NOT |= {(family, "prefix-3-mlp"): "no layer of this model has keys and values" for family in ("mamba", "rwkv", "xlstm")}
 UNMOVED = ("memory_1",)
 """mLSTM's normaliser: at zero it is below its bound, and no answer depends on it."""
 
 
-@pytest.mark.parametrize(
-    ("family", "name"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW if case not in QUICK)]
-)
+@pytest.mark.parametrize(("family", "name"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
 def test_steps_train_what_is_new_and_nothing_else(family, name):
     if (family, name) in NOT:
         with pytest.raises(UserError, match=NOT[family, name]):
@@ -108,7 +110,9 @@ def test_steps_train_what_is_new_and_nothing_else(family, name):
     state, first = run(state, batch)
     state, second = run(state, batch)
     assert float(first.skipped) == float(second.skipped) == 0
-    assert float(second.loss) < float(first.loss)
+    assert np.isfinite(float(second.loss))
+    # In so few bits two steps may go beyond.
+    assert float(second.loss) < float(first.loss) or "ternary" in name or "int2" in name
     # Every parameter of the adapter is moved by the two steps (LoRA's A, behind a B of zeros, by the second).
     after = leaves(state.params)
     still = [each for each in begin if np.array_equal(begin[each], after[each])]
@@ -116,11 +120,11 @@ def test_steps_train_what_is_new_and_nothing_else(family, name):
     # What is frozen is what it was, to the bit; of the base, all is there.
     for path, leaf in leaves(state.frozen[0]).items():
         np.testing.assert_array_equal(leaf, before[path])
-    if name != "bitfit":
-        held = {leaf.tobytes() for leaf in before.values()}
+    if name not in ("bitfit", "nf4+lora-r2"):
+        held = {leaf.tobytes() for leaf in (*before.values(), *begin.values())}
         assert all(leaf.tobytes() in held for leaf in leaves(nnx.state(built(family))).values())
     # The optimizer knows of nothing else.
-    moments = sum(leaf.size for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim)
+    moments = sum(leaf.size for leaf in jax.tree.leaves(state.optimizer) if leaf.dtype == jnp.float32)
     assert moments == 2 * sum(leaf.size for leaf in jax.tree.leaves(params))
 
 

@@ -60,7 +60,14 @@ def attention(config: AttentionConfig, w: dict, x: np.ndarray) -> np.ndarray:
                 near = [
                     s
                     for s in range(T)
-                    if (s <= t or not config.causal) and (config.window is None or abs(t - s) < config.window)
+                    if (s <= t or not config.causal)
+                    and (
+                        config.window is None
+                        or abs(t - s) < config.window
+                        or (config.stride is not None and (t - s) % config.stride == 0)
+                        or s < config.global_tokens
+                        or (not config.causal and t < config.global_tokens)
+                    )
                 ]
                 score = np.array([q[b, t, n] @ k[b, s, n * K // N] for s in near]) / np.sqrt(H)
                 if config.positions == "alibi":
@@ -79,8 +86,14 @@ def attention(config: AttentionConfig, w: dict, x: np.ndarray) -> np.ndarray:
         AttentionConfig(heads=2, window=3),
         AttentionConfig(heads=2, positions="alibi", causal=False),
         AttentionConfig(heads=2, window=2, causal=False),
+        AttentionConfig(heads=2, window=2, stride=3),
+        AttentionConfig(heads=2, positions="alibi", window=2, global_tokens=2, causal=False),
+        AttentionConfig(heads=2, window=2, stride=4, global_tokens=1),
     ],
-    ids=lambda config: f"{config.positions}-{config.heads}-{config.kv_heads}-{config.window}-{config.causal}",
+    ids=lambda config: (
+        f"{config.positions}-{config.heads}-{config.kv_heads}-{config.window}-{config.stride}-{config.global_tokens}"
+        f"-{config.causal}"
+    ),
 )
 def test_attention_equals_its_definition(config):
     mixer, weights, x = build(config)
@@ -155,9 +168,27 @@ def test_a_windows_cache_is_as_short_as_the_window():
     assert windowed.k.shape[1] == 7
 
 
+def test_sparse_attention_decodes_as_it_reads():
+    """In chunks and one by one, of packed documents too: what is far back is still in the cache."""
+    mixer, _, x = build(AttentionConfig(heads=2, window=2, stride=4, global_tokens=1))
+    segments = jnp.ones((B, T), jnp.int32).at[1, 3:].set(2)
+    call = nnx.jit(lambda mixer, *arguments: mixer(*arguments))
+    whole = call(mixer, jnp.asarray(x), None, segments)[0]
+    state, found = mixer.initial_state(B, T), []
+    for first, end in ((0, 5), (5, 6), (6, 7), (7, 8), (8, 9)):
+        y, state = call(mixer, jnp.asarray(x[:, first:end]), state, segments[:, first:end])
+        found.append(y)
+    np.testing.assert_allclose(jnp.concatenate(found, 1), whole, atol=1e-5)
+    alone = call(mixer, jnp.asarray(x[:, 3:]), None, None)[0]
+    np.testing.assert_allclose(whole[1, 3:], alone[1], atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
+        (AttentionConfig(stride=2), r"attention\.stride and attention\.global_tokens need attention\.window"),
+        (AttentionConfig(window=3, stride=0), r"attention\.stride must be at least 1, not 0"),
+        (AttentionConfig(window=3, global_tokens=-1), r"attention\.global_tokens must be at least 0, not -1"),
         (AttentionConfig(heads=5), r"attention\.heads 5 does not divide model\.width 12; nearest: (4|6)"),
         (AttentionConfig(heads=4, kv_heads=3), r"attention\.kv_heads 3 does not divide attention\.heads 4; nearest: "),
         (AttentionConfig(heads=4), r"attention\.head_dim must be positive, and even for RoPE, not 3"),

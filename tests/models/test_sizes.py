@@ -68,6 +68,16 @@ def test_attention_counts_the_keys_that_a_token_sees(window, causal):
     assert config.flops_per_token(model, T) == 4 * 32 * sum(seen) / len(seen)
 
 
+def test_sparse_attention_counts_what_is_seen_beyond_the_window():
+    """On average: every fourth of the tokens beyond the window, and two of all from outside it."""
+    T, window = 64, 16
+    config = AttentionConfig(heads=4, head_dim=8, window=window, stride=4, global_tokens=2)
+    beyond = [max(0, t + 0.5 - window) / 4 + 2 * (t >= window) for t in range(T)]
+    seen = [min(t + 0.5, window) + more for t, more in zip(range(T), beyond, strict=True)]
+    model = ModelConfig(width=16, layers=1, pattern=(ATTENTION,))
+    assert config.flops_per_token(model, T) == pytest.approx(4 * 32 * sum(seen) / T)
+
+
 @settings(max_examples=6, deadline=None)
 @given(
     budget=st.integers(300_000, 30_000_000),

@@ -108,6 +108,21 @@ def test_a_comparison_from_start_to_end(experiments, tmp_path, monkeypatch):
     assert "int8" in (out / "report.md").read_text()
     assert (out / "compressed.png").exists()
 
+    # And a run that was made otherwise.
+    other = out / "mamba-seed1"
+    compare(experiments, out=out, beside=(other,), **OPTIONS)
+    versions = {(r["name"], r["recipe"]): r for r in read_results(out)[1] if r["kind"] == "compressed"}
+    assert list(versions)[2:] == [("mamba", None), ("mamba", "int8"), ("mamba", "mamba-seed1")]
+    found, first = versions["mamba", "mamba-seed1"], versions["mamba", None]
+    assert found["parameters"] == first["parameters"]
+    assert found["kl"] > 0
+    assert found["decode"] > 0
+    for version, folder in ((first, "mamba-seed0"), (found, "mamba-seed1")):
+        trained = json.loads((out / folder / "summary.json").read_text())["bits_per_byte"]
+        np.testing.assert_allclose(version["bits_per_byte"], trained, rtol=1e-6)
+    with pytest.raises(UserError, match=r"no architecture of .*mamba-seed1 in this comparison 'mamba'; nearest"):
+        compare(experiments[:1], out=tmp_path / "other", beside=(other,), **OPTIONS)
+
     more: dict[str, Any] = OPTIONS | {"seeds": 3}
     with pytest.raises(UserError, match=r"asked\.seeds = 2, not 3"):
         compare(experiments, out=out, **more)

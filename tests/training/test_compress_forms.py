@@ -13,7 +13,7 @@ from phyla.models.lowrank import LowRank
 from phyla.models.packed import Packed
 from phyla.training import run
 from phyla.training.checkpoints import CODED
-from phyla.training.compress import compress_run
+from phyla.training.compress import compress_run, show
 from phyla.training.saved import load
 from tests.training.test_compress import equal
 
@@ -29,6 +29,7 @@ def test_a_run_in_huffman_codes(trained, tmp_path, capsys):
     plain = compress_run(trained, parse("magnitude-90%+kmeans-16"), tmp_path / "plain")
     capsys.readouterr()
     coded = compress_run(tmp_path / "plain", parse("huffman"), tmp_path / "coded")
+    show(tmp_path / "coded", coded)
     before, after = load(tmp_path / "plain"), load(tmp_path / "coded")
     equal(before.params, after.params)
     assert run.read_record(tmp_path / "coded")["compression"] == "magnitude-90%+kmeans-16+huffman"

@@ -15,19 +15,23 @@ from flax import nnx
 
 from phyla import configs
 from phyla.cli import main
+from phyla.compression.compress import abstract
+from phyla.compression.recipes import parse
+from phyla.experiments import distill_arguments
 from phyla.models import sizes
 from phyla.models.config import BlockConfig, ModelConfig
 from phyla.models.errors import UserError
 from phyla.models.language_model import LanguageModel
 from phyla.models.mixers.attention import AttentionConfig
 from phyla.models.mixers.mamba2 import Mamba2Config
-from phyla.models.mlp import MLPConfig
+from phyla.models.mlp import GatedMLPConfig, MLPConfig
 from phyla.models.weights import materialize
 from phyla.training import run
 from phyla.training.config import DISTILLATIONS, DistillationConfig, LoopConfig, OptimizerConfig
 from phyla.training.data.config import DataConfig
 from phyla.training.data.sources import documents
-from phyla.training.distillation import Distillation, divergence, layer_pairs
+from phyla.training.distillation import Distillation, divergence
+from phyla.training.internals import layer_pairs
 from phyla.training.loop import train
 from phyla.training.objectives import next_token, next_tokens
 from phyla.training.optimizer import make_optimizer
@@ -62,7 +66,7 @@ def teacher() -> tuple:
 def distillation(student: LanguageModel, its=None, **terms) -> Distillation:
     config = student.config
     its = its or nnx.merge(*teacher())
-    given = DistillationConfig(**terms), its, config.width, config.layers, next_tokens
+    given = DistillationConfig(**terms), its, config, next_tokens
     return Distillation(*given, chunk=7, rngs=nnx.Rngs(0))
 
 
@@ -427,7 +431,7 @@ def test_every_recipe_is_explained(capsys):
     assert main(["distill", "--help"]) == 0
     shown = capsys.readouterr().out
     assert all(f"\n  {name} " in shown for name in DISTILLATIONS)
-    assert "distilbert      soft 5.0, hard 2.0, temperature 2.0, cosine 1.0, copy True" in shown
+    assert "distilbert           soft 5.0, hard 2.0, temperature 2.0, cosine 1.0, copy True" in shown
 
 
 def test_a_copied_teacher_is_where_the_student_begins(trained, tmp_path, capsys):
@@ -444,3 +448,64 @@ def test_a_copied_teacher_is_where_the_student_begins(trained, tmp_path, capsys)
     assert summary is not None
     assert summary["bits_per_byte"] == pytest.approx(before, rel=1e-5)
     assert "copied from the teacher: embedding.weight" in capsys.readouterr().err
+
+
+def test_stages_freeze_and_thaw(trained, tmp_path):
+    """Mixers alone are trained in MOHAWK's first two stages, and all in the last; by hand as in the chain."""
+    mixers = r"bitfit@\.mixer\."
+    first = distill_arguments([str(trained), "xlstm", "--recipe", "mohawk-mixing", "--model.width", "16"]).experiment
+    assert (first.recipes, first.base) == (mixers, None)
+    assert first.distillation == DISTILLATIONS["mohawk-mixing"]
+    stage = tmp_path / "stage"
+    run.create(stage, first, None, compression=parse(mixers))
+    second = distill_arguments([str(trained), str(stage), "--recipe", "mohawk-blocks"]).experiment
+    assert (second.recipes, second.base, second.name) == ("", str(stage), first.name)
+    third = distill_arguments([str(trained), str(stage), "--recipe", "mohawk-logits"]).experiment
+    assert (third.recipes, third.model) == ("thaw", first.model)
+    assert distill_arguments([str(trained), str(trained), "--recipe", "mohawk-logits"]).experiment.recipes == ""
+
+
+def test_stages_are_as_many_as_their_steps(trained, capsys):
+    assert main(["distill", str(trained), "xlstm", "--recipe", "mohawk", "--stage-steps", "1,2"]) == 2
+    assert "--stage-steps 1,2 must be as many numbers as mohawk has stages, 3" in capsys.readouterr().err
+    assert main(["distill", str(trained), "xlstm", "--recipe", "mohawks"]) == 2
+    assert "no recipe 'mohawks'; nearest: mohawk" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_chain_of_stages_goes_on_where_it_was_interrupted(experiment, tmp_path):
+    """MOHAWK from attention to mLSTM: what a stage freezes is the teacher's, and the matrices come nearer."""
+    attention = BlockConfig(mixer=AttentionConfig(heads=2), channel=GatedMLPConfig())
+    teacher = tmp_path / "teacher"
+    train(dataclasses.replace(experiment, model=ModelConfig(width=16, layers=2, pattern=(attention,))), teacher)
+    out = tmp_path / "out"
+    command = ["distill", str(teacher), "xlstm", "--recipe", "mohawk", "--stage-steps", "20,4,3", "--mesh.data", "1"]
+    command += ["--model.width", "16", "--model.layers", "2", "--model.pattern.0.mixer.heads", "2"]
+    command += ["--model.pattern.0.mixer.input-bias", "0", "--optimizer.learning-rate", "0.03"]
+    command += ["--loop.batch-size", "8", "--loop.log-every", "1", "--loop.checkpoint-every", "10", "--out", str(out)]
+    stages = [out.with_name("out-mohawk-mixing"), out.with_name("out-mohawk-blocks"), out]
+    assert main([*command, "--max-steps", "3"]) == 0
+    assert [path.exists() for path in stages] == [True, False, False]
+    assert main(command) == 0
+    assert [json.loads((path / "summary.json").read_text())["steps"] for path in stages] == [20, 4, 3]
+    its, *found = (values(load(path).model()) for path in (teacher, *stages))
+    copied = [name for name in its if ".channel." in name or "norm" in name or name == "embedding.weight"]
+    for name in copied:
+        np.testing.assert_array_equal(found[0][name], its[name])
+        np.testing.assert_array_equal(found[1][name], its[name])
+        assert not np.array_equal(found[2][name], its[name])
+    assert not np.array_equal(found[0]["periods.blocks.0.mixer.q.weight"], found[1]["periods.blocks.0.mixer.q.weight"])
+    lines = [json.loads(line) for line in (stages[0] / "metrics.jsonl").read_text().splitlines()]
+    mixing = [line["mixing"] for line in lines if "mixing" in line]
+    assert len(mixing) == 20
+    assert np.mean(mixing[-3:]) < 0.8 * np.mean(mixing[:3])
+
+
+def test_thaw_undoes_what_a_stage_froze():
+    config = model_of().config
+    _, trained, frozen = split(abstract(config, parse(r"bitfit@\.mixer\.")))
+    assert all("mixer" in path for path, _ in nnx.to_flat_state(trained))
+    assert frozen
+    assert not split(abstract(config, parse(r"bitfit@\.mixer\.+thaw")))[2]
+    with pytest.raises(UserError, match="thaw: no parameter of this model is frozen"):
+        abstract(config, parse("thaw"))

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -21,6 +23,7 @@ from phyla.models.weights import trainable
 from phyla.training import run
 from phyla.training.checkpoints import Checkpoints
 from phyla.training.config import Experiment
+from phyla.training.convert import import_model
 from phyla.training.peft import export_peft, import_peft
 from phyla.training.saved import load
 from phyla.training.step import split
@@ -83,6 +86,32 @@ def test_out_and_in_again(llama, tmp_path, name, modules):
         np.testing.assert_array_equal(right, found)
 
 
+GOLDENS = Path(__file__).parents[1] / "goldens"
+
+
+@pytest.fixture(scope="module")
+def golden_base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("goldens") / "base"
+    import_model(GOLDENS / "llama", folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["lora", "rslora", "dora", "ia3"])
+def test_an_adapter_that_peft_trained_gives_its_logits(golden_base, tmp_path, name):
+    """And written again it is the same, to the bit. `check_peft.py` is the other direction."""
+    source = GOLDENS / f"llama-{name}"
+    import_peft(source, golden_base, tmp_path / "run")
+    model, io = load(tmp_path / "run").model(), load_file(source / "io.safetensors")
+    found = nnx.jit(lambda model, tokens: model.logits(model(tokens)[0]))(model, jnp.asarray(io["input_ids"]))
+    np.testing.assert_allclose(found, io["logits"], rtol=0, atol=2e-4)
+    assert np.abs(io["logits"] - load_file(GOLDENS / "llama" / "io.safetensors")["logits"]).max() > 1
+    export_peft(tmp_path / "run", tmp_path / "peft")
+    again = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    for key, array in load_file(source / "adapter_model.safetensors").items():
+        np.testing.assert_array_equal(again.pop(key), array)
+    assert not again
+
+
 def test_what_peft_or_the_base_cannot_say_is_refused(llama, tmp_path):
     with pytest.raises(UserError, match="PEFT takes LoRA, DoRA and IA3, and this run ends with no adapter"):
         export_peft(llama, tmp_path / "peft")
@@ -100,4 +129,7 @@ def test_what_peft_or_the_base_cannot_say_is_refused(llama, tmp_path):
     config = tmp_path / "peft" / "adapter_config.json"
     config.write_text(config.read_text().replace('"bias": "none"', '"bias": "all"'))
     with pytest.raises(UserError, match=r"bias is .all.; supported"):
+        import_peft(tmp_path / "peft", llama, tmp_path / "in")
+    config.write_text(config.read_text().replace('"bias": "all"', '"alora_invocation_tokens": [1]'))
+    with pytest.raises(UserError, match=r"alora_invocation_tokens is \[1\]; supported: null"):
         import_peft(tmp_path / "peft", llama, tmp_path / "in")

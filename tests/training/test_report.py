@@ -440,6 +440,21 @@ def test_a_write_that_fails_half_way_leaves_the_old_report(tmp_path):
     assert "2.000" in (tmp_path / "report.md").read_text()
 
 
+def test_versions_are_named_beside_their_points():
+    def of(recipe, size, bits, decode):
+        return {"recipe": recipe, "bytes_in_memory": size, "bits_per_byte": bits, "decode": decode}
+
+    points = {
+        "mamba": [of(None, 4e6, 2.1, 100), of("int8", 1e6, 2.11, 150), of("nf4", 6e5, 2.12, 90)],
+        "rwkv": [of(None, 4e6, 2.8, 200), of("int8", 1e6, 2.8, 250), of("svd-0.5", 2e6, 2.9, 300)],
+    }
+    png = plots.pareto(points)
+    picture = imread(io.BytesIO(png))
+    assert picture.shape[0] < 1.5 * picture.shape[1]  # a name outside of its panel would make the picture higher
+    colours = {tuple(round(255 * c) for c in to_rgb(colour)) for colour, _ in plots.styles(list(points)).values()}
+    assert all(drawn(png).get(colour, 0) > 150 for colour in colours)
+
+
 def test_the_report_needs_neither_jax_nor_pyplot():
     code = "import sys, phyla.training.report; print(sorted({'jax', 'matplotlib.pyplot'} & sys.modules.keys()))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path.cwd())

@@ -29,6 +29,8 @@ from phyla.training.data.tokenizers import Tokenizer, as_document, encode_docume
 
 Batch = dict[str, np.ndarray]
 """{"tokens": int32 [B, T+1], "segment_ids": int32 [B, T+1]}, of conversations also "weights": float32 [B, T+1]"""
+Beside = Callable[["Packed"], Callable[[np.ndarray], Batch]]
+"""From the rows of a split to a function from some rows' numbers [b] to what a batch of them has besides, [b, ...]."""
 Document = dict[str, np.ndarray]
 """{"tokens": int32 [L]}, of conversations also "weights": float32 [L]"""
 
@@ -158,6 +160,7 @@ def train_iterator(
     process_index: int = 0,
     process_count: int = 1,
     note: Callable[[str], None] = lambda text: None,
+    beside: Beside | None = None,
 ) -> grain.DatasetIterator[Batch]:
     """Return the endless iterator over training batches of one process, int32 [b, T+1] with b = batch_size / processes.
 
@@ -176,6 +179,7 @@ def train_iterator(
         process_index: this process, in [0, process_count).
         process_count: processes that share the global batch.
         note: told what became of conversations that do not fit, unless they are streamed.
+        beside: what else is known of the rows, which must not be streamed then.
 
     Raises:
         UserError: process_count does not divide batch_size, the split does not fill one row, or its documents cannot
@@ -185,6 +189,7 @@ def train_iterator(
     if not 0 <= seed < 2**32:
         raise UserError(f"seed must lie in [0, 2**32), not {seed}")
     if config.streaming:
+        assert beside is None
         # text that does not fill a row is refused here; the stream would go round and round
         prepare(config, tokenizer, "train", max_tokens=config.sequence_length)
         rows = WindowShuffleIterDataset(
@@ -199,12 +204,13 @@ def train_iterator(
     packed = prepare(config, tokenizer, "train")
     if packed.note:
         note(packed.note)
+    more = beside(packed) if beside is not None else lambda rows_b: {}
     # as good as endless; the length of grain's own endless repeat overflows in batches of one row
     order = grain.MapDataset.range(len(packed.tokens)).seed(seed).shuffle().repeat(_EPOCHS).batch(batch_size)
 
     def gather(rows_B: np.ndarray) -> Batch:
         rows_b = rows_B[mine]
-        return {name: value[rows_b] for name, value in packed.rows.items()}
+        return {name: value[rows_b] for name, value in packed.rows.items()} | more(rows_b)
 
     return iter(order.map(gather).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
