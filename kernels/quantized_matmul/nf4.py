@@ -5,6 +5,7 @@ and scales are those that it computes for the matrix stored as [N, K].
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import ClassVar
 
 import jax
@@ -61,9 +62,15 @@ class NF4(Format):
 
     def scales(self) -> jax.Array:
         """Of the blocks, float32 [ceil(K / 64), N]."""
+        return dynamic_value(self.scale_codes) * self.scales_of_scales() + self.scale_mean
+
+    def scales_of_scales(self) -> jax.Array:
+        """Of the blocks, float32 [ceil(K / 64), N]; [1, N] where whole columns share them."""
         G, N = self.scale_codes.shape
-        of_blocks = jnp.broadcast_to(self.scale_scales[:, None], (len(self.scale_scales), SCALE_BLOCK)).ravel()
-        return dynamic_value(self.scale_codes) * of_blocks[: G * N].reshape(N, G).T + self.scale_mean
+        whole = SCALE_BLOCK % G == 0
+        size = SCALE_BLOCK // G if whole else SCALE_BLOCK
+        each = jnp.broadcast_to(self.scale_scales[:, None], (len(self.scale_scales), size)).ravel()
+        return each[None, :N] if whole else each[: G * N].reshape(N, G).T
 
     def materialize(self) -> jax.Array:
         """Float32 [K, N]."""
@@ -97,19 +104,25 @@ def quantize_nf4(w: jax.Array) -> NF4:
     return NF4(codes=pack(codes), scale_codes=scale_codes, scale_scales=scales, scale_mean=mean, rows=K)
 
 
-def dynamic_value(codes: jax.Array) -> jax.Array:
+def dynamic_value(codes: jax.Array, decade: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
     """Uint8 to the 256 numbers that it stands for in increasing order: -0.993 … 0 (code 127) … 1, float32.
 
-    By arithmetic: a table of 256 has no fast look-up on a TPU.
+    By arithmetic: a table of 256 has no fast look-up on a TPU. `decade` looks up `DECADES` by int32 numbers of 0 to 7
+    (what it makes of -1 is not used); None: by selections.
     """
     t = codes.astype(jnp.int32) - 127
     middle = jnp.abs(t).astype(jnp.float32) + 0.5
-    mantissa = jax.lax.bitcast_convert_type(middle, jnp.int32) & 0x7FFFFF | 0x3F800000  # middle / 2^i, of [1, 2)
-    decade = jnp.full(t.shape, DECADES[0])
-    for i in range(1, 8):
-        decade = jnp.where(middle >= 2**i, DECADES[i], decade)
-    value = decade * (0.9 * jax.lax.bitcast_convert_type(mantissa, jnp.float32) - 0.8)
+    bits = jax.lax.bitcast_convert_type(middle, jnp.int32)
+    mantissa = jax.lax.bitcast_convert_type(bits & 0x7FFFFF | 0x3F800000, jnp.float32)  # middle / 2^i, of [1, 2)
+    value = (decade or _decade)((bits >> 23) - 127) * (0.9 * mantissa - 0.8)
     return jnp.where(t < 0, -value, jnp.where(t == 0, 0.0, value))
+
+
+def _decade(number: jax.Array) -> jax.Array:
+    found = jnp.full(number.shape, DECADES[0])
+    for i in range(1, 8):
+        found = jnp.where(number >= i, DECADES[i], found)
+    return found
 
 
 def _nearest(x, values):

@@ -1,14 +1,14 @@
 """Quantized matmul for TPUs: which kernel, which blocks, and what is prepared for it.
 
-| rows of x | int8, int4, NF4 | dynamic int8 | float8, NF4 with float32 x |
+| rows of x | int8, int4 | dynamic int8 | float8, NF4 |
 |---|---|---|---|
 | up to 32 | codes | codes | dense |
 | more | dense | codes | dense |
 | transposed, any | dense | dense | dense |
 
 codes: `tpu_codes`, integers on the matrix unit; dense: `tpu_dense`, blocks dequantized on chip. Beside the results only
-what belongs to x or to scales is prepared before: planes of x, and NF4's scales as float32 (K N / 16 bytes, which the
-compiler keeps on chip where it can).
+what belongs to x or to scales is prepared before: planes of x, and the scales of NF4's scales, for each block (K N / 16
+bytes, which the compiler keeps on chip where it can) unless whole columns share them.
 """
 
 import math
@@ -42,7 +42,7 @@ class Block(NamedTuple):
     terms: int
 
 
-BLOCKS = {"few": Block(32, 1024, 2048), "codes": Block(512, 1024, 1024), "dense": Block(512, 1024, 512)}
+BLOCKS = {"few": Block(32, 1024, 4096), "codes": Block(512, 1024, 1024), "dense": Block(512, 1024, 512)}
 """For every chip: all have room for them, and the same unit multiplies 128 × 128 or more of a block at once."""
 
 
@@ -54,8 +54,7 @@ def product(x, w, *, block: Block | None = None):
     """
     body = w.body if isinstance(w, Outliers) else w
     few, dynamic = len(x) <= FEW, isinstance(body, Channels) and body.dynamic
-    exact = isinstance(body, NF4) and x.dtype == jnp.float32
-    codes = (dynamic or (few and not exact)) and not isinstance(body, Float8)
+    codes = (dynamic or few) and not isinstance(body, Float8 | NF4)
     most = block or BLOCKS["few" if few else "codes" if codes else "dense"]
     group = _group(body)
     terms = _cut(body.shape[0], most.terms, _unit(body, group))
@@ -96,7 +95,7 @@ def transposed(g, w, *, block: Block | None = None):
         outer_MxO = jnp.matmul(g.astype(jnp.float32), w.values.T, precision=jax.lax.Precision.HIGHEST)
         dx = transposed(g, w.body, block=block)
         return jnp.where(chosen_OxK.any(0), _exactly(outer_MxO, chosen_OxK).astype(g.dtype), dx)
-    most, group, dtype = block or BLOCKS["dense"], _group(w), g.dtype
+    most, group, dtype = block or BLOCKS["few" if len(g) <= FEW else "dense"], _group(w), g.dtype
     arrays = _arrays(w, group)
     if isinstance(w, Channels):
         g = (g.astype(jnp.float32) * arrays.pop("scale")[0]).astype(dtype)
@@ -173,10 +172,18 @@ def _arrays(w: Format, group: int) -> dict[str, tuple[jax.Array, str]]:
     """What the kernels take of a weight, and the names of its dimensions for `per_device`."""
     if isinstance(w, Channels):
         return {"codes": (w.codes, "K H"), "scale": (jnp.broadcast_to(w.scale, (1, w.shape[1])), "U H")}
-    assert isinstance(w, Int4 | NF4)
+    if isinstance(w, NF4):
+        of_scales = w.scales_of_scales()
+        return {
+            "codes": (w.codes, "K H"),
+            "scale": (w.scale_codes, "K H"),
+            "of_scales": (of_scales, "U H" if len(of_scales) == 1 else "K H"),
+            "mean": (w.scale_mean.reshape(1, 1), "U U"),
+        }
+    assert isinstance(w, Int4)
     pieces = min(w.group, w.rows) // group
     arrays = {"codes": (w.codes, "K H"), "scale": (jnp.repeat(w.scales(), pieces, 0), "K H")}
-    if isinstance(w, Int4) and w.zero is not None:
+    if w.zero is not None:
         zero = jnp.broadcast_to(w.zero, w.scales().shape)
         arrays["zero"] = jnp.repeat(zero, pieces, 0), "K H"
     return arrays

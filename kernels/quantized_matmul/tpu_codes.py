@@ -4,66 +4,23 @@ For few rows of x, whatever is done to a weight costs more than what is done to 
 integers: x is written as a sum of int8 planes (the first has a row's largest magnitude at 127, the next the remainder,
 254 times finer: two for bfloat16, three for float32), and four-bit codes are unpacked to int8. A group's products are
 exact integers; they are scaled and added in float32. Dynamic int8 is the same with one plane, for any number of rows.
-
-An NF4 quantile is the sum of 64 · its number and of an int8 that selections find for 4,096 weights at once. The second
-plane of x is 64 times finer than the first, so that (x1 + x2 / 64) (64 number + fine) is 64 x1 number + (x1 fine +
-x2 number), but for x2 fine / 64, which is as small as the error of the quantile.
 """
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from phyla.kernels.quantized_matmul.formats import nonzero
-from phyla.kernels.quantized_matmul.nf4 import CODE_BOOK
 from phyla.kernels.tpu import pallas_call
 
 FINER = 254
 """A plane of x against the one before."""
-SHIFTS = (6, 7)
-"""The bits that a plane of quantiles lies below the one before."""
-UNIT = 1 / (127 + (7 << SHIFTS[0]))
-"""quantile ≈ UNIT · ((number - 8) · 64 + first plane + second plane / 128): off by 9e-4 without the second, 7e-6 with
-it. The largest quantile, 1, has number 15."""
-
-_exact = CODE_BOOK.astype(np.float64) / UNIT
-QUANTILES = (
-    (np.round(_exact) - (np.arange(16) - 8 << SHIFTS[0])).astype(np.int8),
-    np.round((_exact - np.round(_exact)) * (1 << SHIFTS[1])).astype(np.int8),
-)
 
 
 def unpacked(packed):
     """Uint8 [R / 2, C] to the four-bit numbers in two's complement, int8 [R, C]."""
     return pltpu.bitcast(packed, jnp.int4).astype(jnp.int8)
-
-
-def quantile_planes(packed, count):
-    """Uint8 [R / 2, C] to the number - 8 and the first `count` planes of `QUANTILES`, each int8 [R, C]."""
-    number = unpacked(packed ^ 0x88)
-    bits = [(number & 1 << bit) != 0 for bit in range(4)]
-    planes = [number]
-    for values in QUANTILES[:count]:
-        leaves = [jnp.full(number.shape, value, jnp.int8) for value in (*values[8:], *values[:8])]  # by number & 15
-        for bit in bits:
-            leaves = [jnp.where(bit, odd, even) for even, odd in zip(leaves[::2], leaves[1::2], strict=True)]
-        planes += leaves
-    return planes
-
-
-def join(planes):
-    """The int32 that planes of quantiles, or products with them, stand for, in units of the last."""
-    total = planes[0]
-    for shift, plane in zip(SHIFTS, planes[1:], strict=False):
-        total = (total << shift) + plane
-    return total
-
-
-def quantile_unit(count: int) -> float:
-    """What 1 of the joined planes is worth."""
-    return UNIT / (1 << sum(SHIFTS[1:count]))
 
 
 def matmul_codes(x_MxK, a, *, kind, group, block, count, dtype):
@@ -73,16 +30,16 @@ def matmul_codes(x_MxK, a, *, kind, group, block, count, dtype):
         x_MxK: float.
         a: arrays, by name: codes; scale [1, N] of int8 and [G, N] of the others; int4's zero [G, N]; outliers' outer_x
             [M, O] and outer_w [O, N].
-        kind: "int8", "int4" or "nf4".
+        kind: "int8" or "int4".
         group: rows that share a scale; K for int8.
         block: (m, n, k) that divide M and K; with more than one plane, m = M.
-        count: planes of x; two for NF4.
+        count: planes of x.
         dtype: of the result.
     """
     (M, K), N = x_MxK.shape, a["codes"].shape[1]
     bm, bn, bk = block
     G, gb, packing = K // group, max(bk // group, 1), 1 if kind == "int8" else 2
-    planes_RxK, row_scale = split(x_MxK, count, 1 << SHIFTS[0] if kind == "nf4" else FINER)
+    planes_RxK, row_scale = split(x_MxK, count)
     R = count * bm
     given = {"row_scale": (row_scale, pl.BlockSpec((bm, 1), lambda m, n, k: (m, 0)))}
     planes_GxRxP = jnp.swapaxes(planes_RxK.reshape(-1, G, group), 0, 1)
@@ -102,7 +59,7 @@ def matmul_codes(x_MxK, a, *, kind, group, block, count, dtype):
         given["sums"] = by_block, pl.BlockSpec((None, R, gb), lambda m, n, k: (k, m, 0))
     if "outer_x" in a:
         given["outer_x"] = a["outer_x"], pl.BlockSpec((bm, a["outer_x"].shape[1]), lambda m, n, k: (m, 0))
-    total = pltpu.VMEM((bm if kind == "nf4" else R, bn), jnp.int32 if kind == "int8" else jnp.float32)
+    total = pltpu.VMEM((R, bn), jnp.int32 if kind == "int8" else jnp.float32)
     names = [*given, "y", "total"]
 
     def kernel(*refs):
@@ -125,7 +82,7 @@ def matmul_codes(x_MxK, a, *, kind, group, block, count, dtype):
     )
 
 
-def split(x_MxK, count, finer=FINER):
+def split(x_MxK, count):
     """X as int8 planes [count · M, K], one after the other, and each row's scale of the first, float32 [M, 1]."""
     x_MxK = x_MxK.astype(jnp.float32)
     scale_Mx1 = nonzero(jnp.abs(x_MxK).max(-1, keepdims=True) / 127)
@@ -133,7 +90,7 @@ def split(x_MxK, count, finer=FINER):
     for _ in range(count):
         whole = jnp.clip(jnp.round(rest), -127, 127)
         planes.append(whole.astype(jnp.int8))
-        rest = (rest - whole) * finer
+        rest = (rest - whole) * FINER
     return jnp.concatenate(planes), scale_Mx1
 
 
@@ -147,7 +104,7 @@ def _kernel(ref, kind, group):
     if kind == "int8":
         total[...] += _dot(ref["x"][...], ref["codes"][...], jnp.int32)
     else:
-        _groups(ref, kind, group)
+        _groups(ref, group)
         if "zero" in ref:
             total[...] -= _dot(ref["sums"][...], ref["scale"][...] * ref["zero"][...].astype(jnp.float32), jnp.float32)
 
@@ -158,7 +115,7 @@ def _kernel(ref, kind, group):
         y_MxN = sums_RxN[:rows]
         for plane in range(1, sums_RxN.shape[0] // rows):
             y_MxN += sums_RxN[plane * rows : (plane + 1) * rows] * (1 / FINER**plane)
-        y_MxN *= ref["row_scale"][...] * (UNIT if kind == "nf4" else 1.0)
+        y_MxN *= ref["row_scale"][...]
         if kind == "int8":
             y_MxN *= ref["scale"][...]
         if "outer_x" in ref:
@@ -166,7 +123,7 @@ def _kernel(ref, kind, group):
         ref["y"][...] = y_MxN.astype(ref["y"].dtype)
 
 
-def _groups(ref, kind, group):
+def _groups(ref, group):
     """Add the scaled products of this block's groups; by columns, so that the sum stays in registers."""
     x, codes, scale, total = ref["x"], ref["codes"], ref["scale"], ref["total"]
     groups, R, N = x.shape[0], *total.shape
@@ -176,12 +133,7 @@ def _groups(ref, kind, group):
         sums_RxN = total[:, columns]
         for i in range(groups):
             packed = codes[i * group // 2 : (i + 1) * group // 2, columns]
-            if kind == "int4":
-                product = _dot(x[i], unpacked(packed), jnp.int32)
-            else:
-                number, fine = quantile_planes(packed, 1)
-                coarse = _dot(x[i], number, jnp.int32)
-                product = join([coarse[:R], _dot(x[i, :R], fine, jnp.int32)]) + coarse[R:]
+            product = _dot(x[i], unpacked(packed), jnp.int32)
             sums_RxN += product.astype(jnp.float32) * scale[i : i + 1, columns]
         total[:, columns] = sums_RxN
 

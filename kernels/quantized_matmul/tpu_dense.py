@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from phyla.kernels.quantized_matmul.tpu_codes import join, outliers, quantile_planes, quantile_unit, unpacked
+from phyla.kernels.quantized_matmul.tpu_codes import outliers, unpacked
+from phyla.kernels.quantized_matmul.tpu_nf4 import quantiles, scales
 from phyla.kernels.tpu import pallas_call
 
 
@@ -36,18 +37,25 @@ def matmul_dense(x, a, *, kind, group, block, dtype, transpose=False):
         "codes": (codes, pl.BlockSpec((bk // packing, bn), lambda m, o, c: at(o, c))),
     }
     if packing == 2:
-        for name in a.keys() & {"scale", "zero"}:
+        for name in a.keys() & {"scale", "zero", "of_scales"}:
+            if a[name].shape[0] == 1 < K // group:
+                given[name] = a[name], pl.BlockSpec((1, bn), lambda m, o, c: (0, at(o, c)[1]))
+                continue
             by_block = a[name].reshape(K // bk, bk // group, N)
             given[name] = by_block, pl.BlockSpec((None, bk // group, bn), lambda m, o, c: (at(o, c)[0], 0, at(o, c)[1]))
     elif not transpose:
         given["scale"] = a["scale"], pl.BlockSpec((1, bn), lambda m, o, c: (0, o))
+    if "mean" in a:
+        given["mean"] = a["mean"], pl.BlockSpec((1, 1), lambda m, o, c: (0, 0))
     for name in a.keys() & {"outer_x", "row_scale"}:
         given[name] = a[name], pl.BlockSpec((bm, a[name].shape[1]), lambda m, o, c: (m, 0))
     if "outer_w" in a:
         given["outer_w"] = a["outer_w"], pl.BlockSpec((a["outer_w"].shape[0], bn), lambda m, o, c: (0, o))
     scratch = {"total": pltpu.VMEM((bm, bo), jnp.float32)}
     if packing == 2:
-        scratch["dense"] = pltpu.VMEM((bk, bn), x.dtype)
+        scratch["dense"] = pltpu.VMEM((bk, bn), jnp.float32 if kind == "nf4" else x.dtype)
+    if kind == "nf4":
+        scratch["scales"] = pltpu.VMEM((bk // group, bn), jnp.float32)
     names = [*given, "y", *scratch]
 
     def kernel(*refs):
@@ -79,7 +87,7 @@ def _kernel(ref, kind, group, transpose):
         total[...] = jnp.zeros_like(total)
 
     if "dense" in ref:
-        _dequantize(ref, kind, group)
+        _dequantize(ref, kind, group, x.dtype)
         block = ref["dense"][...]
     else:
         block = ref["codes"][...].astype(x.dtype)
@@ -97,20 +105,21 @@ def _kernel(ref, kind, group, transpose):
         ref["y"][...] = y.astype(ref["y"].dtype)
 
 
-def _dequantize(ref, kind, group):
+def _dequantize(ref, kind, group, dtype):
     codes, scale, dense = ref["codes"], ref["scale"], ref["dense"]
-    planes = 1 if dense.dtype == jnp.bfloat16 else 2
+    if kind == "nf4":
+        ref["scales"][...] = scales(scale[...], ref["of_scales"][...], ref["mean"][...])
+        scale = ref["scales"]
     for i in range(dense.shape[0] // group):
-        packed = codes[i * group // 2 : (i + 1) * group // 2, :]
+        number = unpacked(codes[i * group // 2 : (i + 1) * group // 2, :]).astype(jnp.int32)
         of_group = scale[i : i + 1, :]
         if kind == "nf4":
-            number = join([plane.astype(jnp.int32) for plane in quantile_planes(packed, planes)])
-            of_group *= quantile_unit(planes)
+            values = quantiles(number, of_group, dtype)
         else:
-            number = unpacked(packed).astype(jnp.int32)
             if "zero" in ref:
                 number -= ref["zero"][i : i + 1, :].astype(jnp.int32)
-        dense[i * group : (i + 1) * group, :] = (number.astype(jnp.float32) * of_group).astype(dense.dtype)
+            values = (number.astype(jnp.float32) * of_group).astype(dense.dtype)
+        dense[i * group : (i + 1) * group, :] = values
 
 
 def _dot(a, b, transpose=False):

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from phyla.kernels import quantized_matmul as ops
 from phyla.kernels.dispatch import Unfit
-from phyla.kernels.quantized_matmul import quantized_matmul, tpu
+from phyla.kernels.quantized_matmul import quantized_matmul, tpu, tpu_nf4
 from phyla.kernels.quantized_matmul.nf4 import CODE_BOOK, dynamic_value
 from phyla.kernels.quantized_matmul.packing import unpack
 from phyla.training import targets
@@ -300,6 +300,20 @@ def test_nf4_is_that_of_bitsandbytes():
     values = (CODE_BOOK[nearest] * found[:, None]).reshape(N, K).T
     np.testing.assert_allclose(w.materialize(), values, atol=1e-6 * np.abs(values).max())
     np.testing.assert_allclose(dynamic_value(jnp.arange(256, dtype=jnp.uint8)), DYNAMIC_MAP, rtol=1e-6, atol=1e-12)
+
+
+def test_nf4_on_a_tpu_is_the_table():
+    """All sixteen quantiles, bit by bit in either dtype, and all 256 codes of the scales."""
+    number = jnp.arange(16)[:, None] * jnp.ones((1, 5), jnp.int32)
+    number = jnp.where(number > 7, number - 16, number)
+    scale = jnp.asarray(np.random.default_rng(0).uniform(1e-6, 3, (1, 5)), jnp.float32)
+    values = jnp.asarray(CODE_BOOK)[:, None] * scale
+    for dtype in map(jnp.dtype, TOLERANCE):
+        found = jax.jit(functools.partial(tpu_nf4.quantiles, dtype=dtype))(number, scale)
+        np.testing.assert_array_equal(found.astype(dtype), values.astype(dtype))
+    codes = jnp.arange(256, dtype=jnp.uint8)[:, None]
+    found = jax.jit(tpu_nf4.scales)(codes, scale[:, :1], jnp.zeros((1, 1)))
+    np.testing.assert_allclose(found[:, 0], DYNAMIC_MAP * float(scale[0, 0]), rtol=1e-6, atol=1e-12)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "tpu"])
