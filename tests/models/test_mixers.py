@@ -171,6 +171,7 @@ def test_a_windows_cache_is_as_short_as_the_window():
 def test_what_sparse_attention_sees_is_told_by_document():
     """`Attention.seen`, of the second document of a row: its window, every fourth before, its first token."""
     mixer, _, x = build(AttentionConfig(heads=2, window=2, stride=4, global_tokens=1))
+    assert isinstance(mixer, Attention)
     seen = mixer.seen(jnp.asarray(x), jnp.ones((B, T), jnp.int32).at[1, 1:].set(2))[1]
     right = [
         [s >= 1 and (0 <= t - s < 2 or (t >= s and (t - s) % 4 == 0) or s == 1) for s in range(T)] for t in range(T)
