@@ -8,7 +8,7 @@ from flax import nnx
 
 from phyla.models.config import BlockConfig, LayerConfig, ModelConfig
 from phyla.models.errors import UserError
-from phyla.models.mixers.attention import AttentionConfig, alibi_slopes
+from phyla.models.mixers.attention import Attention, AttentionConfig, alibi_slopes
 from phyla.models.mixers.mamba import MambaConfig
 from phyla.models.weights import materialize
 
