@@ -217,7 +217,8 @@ class Attention(Layer):
     def seen(self, x: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
         """Which tokens a token attends to, bool [1 or B, T, T]."""
         tokens = _tokens(advance(None, segment_ids, *x.shape[:2])[1], segment_ids is not None)
-        return seen(tokens, tokens, self.config.causal, self.config.window)
+        config = self.config
+        return seen(tokens, tokens, config.causal, config.window, config.stride, config.global_tokens)
 
     def scores(self, x: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
         """What the softmax is of, float32 [B, N, T, T]; of tokens that are not `seen` -1e30."""
