@@ -60,8 +60,8 @@ def test_lessons_are_the_teachers_likeliest_tokens(trained, kept):
     """Against numpy on its logits, in float64, of rows in any order; the rest of them is one outcome."""
     experiment = distilled(trained, kept)
     saved = load(trained)
-    packed = prepare(experiment.data, saved.tokenizer, "train")
-    asked = np.asarray([11, 0, 11, len(packed.tokens) - 1], np.int64)
+    packed: Any = prepare(experiment.data, saved.tokenizer, "train")
+    asked = np.asarray([11, 0, 11, len(packed.tokens) - 1])
     rows: Any = {name: value[asked, :-1] for name, value in packed.rows.items()}
     tokens, segment_ids = rows["tokens"], rows["segment_ids"]
 
