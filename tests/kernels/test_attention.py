@@ -1,5 +1,6 @@
 """Attention by blocks and by the library, against numpy in float64."""
 
+import functools
 import itertools
 import re
 
@@ -67,6 +68,7 @@ def test_against_numpy(implementation, cached, causal, window, sparse, alibi, pa
     keys = Tokens(jnp.asarray(index_k), jnp.asarray(began_k) if packed or cached else None)
     queries = Tokens(jnp.asarray(index_q), jnp.asarray(began_q)) if cached else keys
 
+    @functools.partial(jax.jit, static_argnums=1)
     def run(inputs, implementation):
         bias = jnp.asarray(slopes, jnp.float32) if alibi else None
         fields = {"causal": causal, "window": window, "stride": sparse[0], "everywhere": sparse[1], "slopes": bias}
@@ -78,7 +80,8 @@ def test_against_numpy(implementation, cached, causal, window, sparse, alibi, pa
     if implementation == "xla":
         weights = jnp.asarray(rng.normal(size=wanted.shape), jnp.float32)
         gradients = [
-            jax.grad(lambda x, name=name: jnp.sum(run(x, name) * weights))(half) for name in ("reference", "xla")
+            jax.jit(jax.grad(lambda x, name=name: jnp.sum(run(x, name) * weights)))(half)
+            for name in ("reference", "xla")
         ]
         for a, b in zip(*gradients, strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
