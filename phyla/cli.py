@@ -23,8 +23,11 @@ COMMANDS = {
     "bench": "measure this code on this machine, alone or beside PyTorch",
 }
 
-TRAINING = ("train", "finetune", "distill")
-"""Those whose options are an experiment's fields."""
+MODULES = {
+    **dict.fromkeys(("train", "finetune", "distill"), "phyla.experiments"),
+    **dict.fromkeys(("import", "export", "logits"), "phyla.exchange"),
+}
+"""Where a command is, if not in `phyla.commands`."""
 
 HELP = f"""\
 usage: phyla COMMAND [OPTIONS]
@@ -67,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         choose("command", name, COMMANDS)
         prog = f"phyla {name}"
-        module = importlib.import_module("phyla.experiments" if name in TRAINING else "phyla.commands")
+        module = importlib.import_module(MODULES.get(name, "phyla.commands"))
         getattr(module, name + "_" * iskeyword(name))(arguments)
     except (UserError, Diverged) as error:
         print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)

@@ -201,7 +201,7 @@ def from_lessons(
         ask: what the student is asked of a batch.
         chunk: tokens whose logits exist at one time, when the vocabulary is large.
     """
-    asked = ask(batch, rng)
+    asked, model = ask(batch, rng), model.moved()
     student = model.forward(asked.tokens, segment_ids=asked.segment_ids)
 
     def of_logits(hidden_BxCxD: jax.Array, answers_BxC: jax.Array, ids_BxCxk: jax.Array, log_p_BxCxn: jax.Array):

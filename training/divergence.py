@@ -55,7 +55,7 @@ def divergences(
     @jax.jit
     def sums(params: tuple[nnx.State, ...], batch: Batch) -> jax.Array:
         asked = ask(batch, jax.random.key(0))
-        networks = [nnx.merge(graphdef, of_one) for graphdef, of_one in zip(graphdefs, params, strict=True)]
+        networks = [nnx.merge(graphdef, of_one).moved() for graphdef, of_one in zip(graphdefs, params, strict=True)]
         hidden = tuple(_hidden(each, asked.tokens, asked.segment_ids, call) for each in networks)
 
         def of_chunk(part: tuple) -> jax.Array:

@@ -86,14 +86,14 @@ class Generator:
         def prefill(
             params: nnx.State, tokens_BxT: jax.Array, segment_ids_BxT: jax.Array, key: jax.Array, *, length: int
         ) -> Decoder:
-            model: LanguageModel = nnx.merge(graphdef, params)
+            model: LanguageModel = nnx.merge(graphdef, params).moved()  # once, not for each token
             state = model.initial_state(len(tokens_BxT), length)
             hidden_BxTxD, state = model(tokens_BxT, state, segment_ids_BxT)
             zero = jnp.zeros((), jnp.int32)
             return Decoder(state, draw(model, hidden_BxTxD[:, -1], zero, key), zero + 1, key)
 
         def decode(params: nnx.State, decoder: Decoder, *, count: int) -> tuple[Decoder, jax.Array]:
-            model: LanguageModel = nnx.merge(graphdef, params)
+            model: LanguageModel = nnx.merge(graphdef, params).moved()  # once, not for each token
 
             def one(decoder: Decoder, _: None) -> tuple[Decoder, jax.Array]:
                 hidden_Bx1xD, state = model(decoder.token[:, None], decoder.state)

@@ -96,6 +96,7 @@ def masked_token(model: LanguageModel, batch: Batch, rng: jax.Array, *, chunk: i
 
 
 def _loss(model: LanguageModel, asked: Questions, chunk: int) -> Loss:
+    model = model.moved()  # once, not for each chunk of logits
     seen = model.forward(asked.tokens, segment_ids=asked.segment_ids)
     loss_BxT = cross_entropy(model.logits, seen.hidden, asked.answers, chunk=chunk)
     weight = jnp.sum(asked.weights)

@@ -173,3 +173,16 @@ def test_the_count_of_the_first_is_the_default_budget(experiments):
     count = sizes.count(first.model)
     assert first.model.width == experiments[0].model.width
     assert abs(sizes.count(second.model) / count - 1) <= 0.01
+
+
+def test_what_stands_beside_is_of_the_architecture_that_its_name_begins_with(experiments, tmp_path):
+    def named(folder: str, name: str):
+        run.create(tmp_path / folder, dataclasses.replace(experiments[0], name=name), None)
+        return tmp_path / folder
+
+    assert module._architecture(named("a", "mamba-finetuned"), experiments) == "mamba"
+    assert module._architecture(named("b", "attention-of-mamba"), experiments) == "attention"
+    with pytest.raises(UserError, match=r"no architecture of .* 'mambas'; nearest: mamba"):
+        module._architecture(named("c", "mambas"), experiments)
+    with pytest.raises(UserError, match="have one name"):
+        module._check_beside([tmp_path / "a", named("other/a", "mamba")], experiments)
