@@ -13,7 +13,9 @@ from flax import nnx
 
 from phyla import configs
 from phyla.compression.adapters import Target, principal, targets
+from phyla.compression.calibrate import moments
 from phyla.compression.compress import Step, abstract, compress
+from phyla.compression.depth import influence
 from phyla.compression.matrices import dotted, weights
 from phyla.compression.recipes import parse
 from phyla.models.adapted import IA3, Adapter, DoRA, LoRA, PiSSA
@@ -430,3 +432,13 @@ def test_prompts_of_any_length_go_on_as_each_alone(family, name):
             whole = np.pad(np.asarray(tokens), (0, 11 - len(tokens)))[None]
             tokens.append(int(jnp.argmax(logits_of(params, whole)[0, len(tokens) - 1])))
         assert tokens[len(prompt) :] == found.tolist()
+
+
+@pytest.mark.slow
+def test_calibration_reads_each_token_once():
+    """A beginning, read before every document, is left out of the figures, also of those of whole blocks."""
+    model, batches = adapted("transformer", "prompt-3").model, [(TOKENS, PACKED)]
+    found, right = (moments(each, batches, squares=False).columns for each in (model, built("transformer")))
+    jax.tree.map(np.testing.assert_array_equal, found, right)
+    jax.tree.map(np.testing.assert_array_equal, *(influence(each, batches) for each in (model, built("transformer"))))
+    assert model.beginning is not None

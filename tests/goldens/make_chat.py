@@ -1,9 +1,11 @@
 """Writes into chat.json what transformers makes of its conversation by each of its templates.
 
-    python make_chat.py        # in an environment with transformers 5.24.0
+    pip install transformers jinja2     # in an environment of its own
+    python tests/goldens/make_chat.py
 
 `written` is the whole conversation, `opened` all but its last message, up to where the assistant's words would begin.
 """
+# pyright: reportMissingImports=false
 
 import json
 from pathlib import Path
