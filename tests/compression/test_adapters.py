@@ -375,7 +375,8 @@ def test_every_packed_document_has_the_beginning_that_it_has_alone(family, name)
         np.testing.assert_allclose(packed.layers[:, row, begin:end], alone.layers[:, i, : end - begin], atol=2e-5)
     assert not packed.hidden[PACKED == 0].any()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-4), gradient, own_gradient)
-    assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(gradient))
+    still = [each for each, leaf in leaves(gradient).items() if not leaf.any()]
+    assert not [each for each in still if not any(known in each for known in UNMOVED)], still
     assert all((each.tokens == np.count_nonzero(PACKED)).all() for each in packed.routing)
 
 
