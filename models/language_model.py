@@ -8,6 +8,7 @@ from flax import nnx
 
 from phyla.models.config import Activation, BlockConfig, ModelConfig
 from phyla.models.cursor import Cursor, advance, start
+from phyla.models.documents import apart
 from phyla.models.errors import UserError
 from phyla.models.held import alike, empty
 from phyla.models.layers import ACTIVATIONS, Embedding, Linear, build_norm
@@ -249,9 +250,10 @@ class LanguageModel(nnx.Module):
             token_types: [B, T], below `config.token_types`; None: all 0.
             layers: whether the residual stream of every layer is wanted too.
 
-        A learned beginning is that of each sequence's first document, also if no state is given.
+        A learned beginning is that of every document (`phyla.models.documents`), also if no state is given.
 
-        Raises UserError for more tokens than learned positions.
+        Raises UserError for more tokens than learned positions, and for segments that a state with a learned beginning
+        goes on with: there they could only begin with nothing.
         """
         if self.subspace is not None:
             return self.moved().forward(tokens, state, segment_ids, token_types, layers=layers)
@@ -259,11 +261,29 @@ class LanguageModel(nnx.Module):
         if limit and tokens.shape[1] + before > limit:
             after = f" after {before} learned ones" * bool(before)
             raise UserError(f"{tokens.shape[1]} tokens{after} do not fit model.learned_positions {limit}")
+        if self.beginning is not None and segment_ids is not None:
+            if state is not None:
+                raise UserError("a state with a learned beginning goes on with one document: leave segment_ids out")
+            return self._apart(tokens, segment_ids, token_types, layers)
         begin = state
         if state is None and self.beginning is not None:
-            begin = self.beginning.state(self, tokens.shape[0], tokens.shape[1], segment_ids)
+            begin = self.beginning.state(self, *tokens.shape)
         found = self.forward_embedded(self.embedding(tokens), begin, segment_ids, token_types, layers=layers)
         return found if state is not None else found._replace(state=None)
+
+    def _apart(self, tokens: jax.Array, segment_ids: jax.Array, token_types: jax.Array | None, layers: bool) -> Output:
+        """`forward` of packed documents that begin with what is learned."""
+        graphdef, params = nnx.split(self)
+
+        def run(params: nnx.State, inputs: tuple, segment_ids: jax.Array) -> tuple:
+            model, (tokens, token_types) = nnx.merge(graphdef, params), inputs
+            begin = model.beginning.state(model, *tokens.shape, segment_ids)
+            found = model.forward_embedded(model.embedding(tokens), begin, segment_ids, token_types, layers=layers)
+            streams = None if found.layers is None else jnp.moveaxis(found.layers, 0, 2)
+            return (found.hidden, streams), found.routing
+
+        (hidden, streams), routing = apart(run, params, (tokens, token_types), segment_ids)
+        return Output(hidden, None, routing, None if streams is None else jnp.moveaxis(streams, 2, 0))
 
     def forward_embedded(
         self,
