@@ -147,15 +147,12 @@ def test_left_padding_changes_nothing(architecture):
 def test_scanned_equals_unrolled(architecture):
     model = perturbed(architecture)
     tokens = tokens_of(architecture, B, T)
-    x, value = model._embed(model.embedding(tokens), None, None, None)[0], None
-    for block in model.prefix:
-        x, value, *_ = block(x, value, None, None)
-    for repeat in range(architecture.repeats):
-        group = repeat * (architecture.groups or architecture.repeats) // architecture.repeats
-        period = jax.tree.map(lambda leaf, group=group: leaf[group], model.periods)
-        x, *_ = period(x, value, None, None)
-    x = model.norm(x) if architecture.final_norm else x
-    close(model.logits(x), logits(model, tokens)[0])
+    before = model.initial_state(B, T)
+    scanned, state = logits(model, tokens, before)
+    unrolled, after = logits(model.unrolled(), tokens, before.unrolled(architecture.repeats))
+    close(unrolled, scanned)
+    jax.tree.map(close, after.stacked(), state)
+    close(logits(model.unrolled(), tokens)[0], scanned)
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
