@@ -4,8 +4,9 @@ The chain of trust: a numpy function runs one document in float64 or complex128 
 float64 has its outputs and, by complex steps, its gradients -> every implementation in float32 or bfloat16.
 
 Kernels for other chips are interpreted here, which also finds races, reads of uninitialised memory (they are NaN) and
-reads out of bounds, and is slow: of the quick set they have numbers and packing, of the ways of calling decoding. Races on TPUs are looked for in the tests
-of numbers, float32 and bfloat16: the others call the same kernels, up to three times faster without.
+reads out of bounds, and is slow: the quick set has some of their cases of numbers and packing, and decoding of the ways
+of calling. Races on TPUs are looked for in the tests of numbers, float32 and bfloat16: the others call the same
+kernels, up to three times faster without.
 """
 
 import contextlib
