@@ -369,8 +369,8 @@ class LanguageModel(nnx.Module):
             for i, before in enumerate(states or (None,) * self.config.repeats):
                 carry, of_repeat = body(carry, (self.periods[i // uses], before))
                 found.append(of_repeat)
-            after, *others = zip(*found, strict=True)
-            return carry, (after, *jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(list, zip(*others))))
+            after = tuple(each[0] for each in found)
+            return carry, (after, *jax.tree.map(lambda *leaves: jnp.stack(leaves), *(each[1:] for each in found)))
         if self.config.groups in (None, self.config.repeats):
             return jax.lax.scan(body, carry, (self.periods, states))
         uses = self.config.repeats // self.config.groups
