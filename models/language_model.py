@@ -1,5 +1,6 @@
 """The language model: embeddings, blocks, a norm and a head."""
 
+import copy
 from typing import Any, NamedTuple
 
 import jax
@@ -19,8 +20,16 @@ class ModelState(NamedTuple):
     """What the model remembers of the tokens so far. A block's state is those of its mixer and its channel mixer."""
 
     prefix: tuple[Any, ...]  # one for each block of the prefix
-    blocks: tuple[Any, ...]  # one for each block of the pattern, stacked over its repeats
+    blocks: tuple[Any, ...]  # one for each block of the pattern, stacked over its repeats; see `unrolled`
     cursor: Cursor
+
+    def unrolled(self, repeats: int) -> "ModelState":
+        """The same for an `unrolled` model: `blocks` has one tuple for each repeat, of its blocks."""
+        return self._replace(blocks=tuple(_one(self.blocks, i) for i in range(repeats)))
+
+    def stacked(self) -> "ModelState":
+        """Undoes `unrolled`."""
+        return self._replace(blocks=jax.tree.map(lambda *leaves: jnp.stack(leaves), *self.blocks))
 
 
 class Output(NamedTuple):
@@ -181,7 +190,7 @@ class LanguageModel(nnx.Module):
             return self.prefix[index]
         repeat, place = divmod(index - len(self.prefix), len(self.config.pattern))
         stored = repeat // (self.config.repeats // (self.config.groups or self.config.repeats))
-        return jax.tree.map(lambda leaf: leaf[stored], self.periods.blocks[place])
+        return _one(self.periods.blocks[place], stored)
 
     def initial_state(self, batch: int, length: int) -> ModelState:
         """The state before the first token, with room for `length` tokens where a mixer keeps them all."""
@@ -209,6 +218,17 @@ class LanguageModel(nnx.Module):
             blocks=tuple(stacked(block) for block in self.periods.blocks),
             cursor=start(batch),
         )
+
+    def unrolled(self) -> "LanguageModel":
+        """The same, for states that are `unrolled` too: no scan, but one repeat of the pattern after the other.
+
+        Compilation takes longer with every layer. What is called again and again inside a program is faster by it: a
+        scan copies a layer's parameters and memory out of the stack, and its memory back.
+        """
+        model = copy.copy(self)
+        stored = self.config.groups or self.config.repeats
+        model.periods = nnx.List([_one(self.periods, i) for i in range(stored)])
+        return model
 
     def with_room(self, state: ModelState, length: int) -> ModelState:
         """A state that is full, with room for `length` tokens more where a mixer keeps them all."""
@@ -364,6 +384,13 @@ class LanguageModel(nnx.Module):
 
     def _scan(self, body: Any, carry: Any, states: Any) -> tuple[Any, Any]:
         """`body` over the repeats of the pattern; with groups, over those of each group inside."""
+        if isinstance(self.periods, nnx.List):
+            uses, found = self.config.repeats // len(self.periods), []
+            for i, before in enumerate(states or (None,) * self.config.repeats):
+                carry, of_repeat = body(carry, (self.periods[i // uses], before))
+                found.append(of_repeat)
+            after = tuple(each[0] for each in found)
+            return carry, (after, *jax.tree.map(lambda *leaves: jnp.stack(leaves), *(each[1:] for each in found)))
         if self.config.groups in (None, self.config.repeats):
             return jax.lax.scan(body, carry, (self.periods, states))
         uses = self.config.repeats // self.config.groups
@@ -376,3 +403,7 @@ class LanguageModel(nnx.Module):
 
         carry, after = jax.lax.scan(group, carry, (self.periods, jax.tree.map(fold, states)))
         return carry, jax.tree.map(unfold, after)
+
+
+def _one(stack: Any, index: int) -> Any:
+    return jax.tree.map(lambda leaf: leaf[index], stack)

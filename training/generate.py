@@ -23,6 +23,9 @@ from phyla.training.saved import load
 BLOCK = 32
 """Tokens decoded between two looks at the stop strings."""
 
+UNROLLED = 12
+"""Layers, at most, of a model whose decoding is compiled layer by layer: see `LanguageModel.unrolled`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -94,6 +97,10 @@ class Generator:
 
         def decode(params: nnx.State, decoder: Decoder, *, count: int) -> tuple[Decoder, jax.Array]:
             model: LanguageModel = nnx.merge(graphdef, params).moved()  # once, not for each token
+            few = model.config.layers <= UNROLLED
+            if few:
+                decoder = decoder._replace(state=decoder.state.unrolled(model.config.repeats))
+                model = model.unrolled()
 
             def one(decoder: Decoder, _: None) -> tuple[Decoder, jax.Array]:
                 hidden_Bx1xD, state = model(decoder.token[:, None], decoder.state)
@@ -101,6 +108,8 @@ class Generator:
                 return Decoder(state, token, decoder.drawn + 1, decoder.key), decoder.token
 
             decoder, tokens_TxB = jax.lax.scan(one, decoder, length=count)
+            if few:
+                decoder = decoder._replace(state=decoder.state.stacked())
             return decoder, tokens_TxB.T
 
         self.prefill: Callable[..., Decoder] = jax.jit(prefill, static_argnames="length")
