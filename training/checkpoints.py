@@ -22,7 +22,7 @@ METRIC = "bits_per_byte"
 CODED = "weights.huffman"
 """In the run's folder: arrays of its checkpoint that this does not hold."""
 LARGE = 2**20
-"""Bytes of an array from which each layer of its stack is compressed by itself: reading holds few of them besides."""
+"""Bytes of an array from which each layer of its stack is a chunk by itself: reading holds few chunks besides."""
 
 
 class Checkpoints:
@@ -139,23 +139,18 @@ class Checkpoints:
         """One item of a step alone."""
         if item == "frozen" and self._coded.exists():
             return self._restore_coded(step, abstract)
-        return self._read(step, item, abstract)
+        args = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)})
+        return self._manager.restore(step, args=args)[item]
 
     def _restore_coded(self, step: int, abstract: nnx.State) -> nnx.State:
         of_bytes, rest = entropy.split(abstract)
         if rest:
-            rest = self._read(step, "frozen", rest)
+            args = ocp.args.Composite(frozen=ocp.args.StandardRestore(rest))
+            rest = self._manager.restore(step, args=args)["frozen"]
         arrays = huffman.read(self._coded)
         flat = nnx.to_flat_state(of_bytes)
         found = [(path, leaf.replace(jax.device_put(arrays.pop(_joined(path)), leaf.sharding))) for path, leaf in flat]
         return nnx.merge_state(rest, nnx.from_flat_state(found))
-
-    def _read(self, step: int, item: str, abstract: nnx.State) -> nnx.State:
-        """No more at the same time than the bytes of the largest array."""
-        largest = max(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
-        options: dict[str, Any] = {"restore_concurrent_gb": (largest + 1) / 10**9}
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler(**options)) as checkpointer:
-            return checkpointer.restore(self._folder / str(step) / item, args=ocp.args.StandardRestore(abstract))
 
 
 def _by_layer(params: nnx.State) -> ocp.args.StandardSave:
