@@ -139,12 +139,16 @@ def _largest(size: jax.Array, sizes: jax.Array | None = None) -> jax.Array:
 def moments(model: LanguageModel, batches: Iterable[tuple[jax.Array, jax.Array]], squares: bool = True) -> Moments:
     """The figures of every dense matrix that a method may touch, heads left out.
 
+    Each token is read once, so a learned beginning, which every document has to itself, is left out.
+
     Args:
         model: stays as it is.
         batches: of tokens and segment numbers, integers [B, T]. Padding would count as any token.
         squares: whether second moments are kept, K numbers for each of the others.
     """
     model = nnx.clone(model)
+    if model.beginning is not None:
+        del model.beginning
     paths = _recordable(model).items()
     asked = {matrices.replace(model, path, Recorded(value, squares)): path for path, value in paths}
     graphdef, at, rest = nnx.split(model, Told, ...)
