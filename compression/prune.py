@@ -22,6 +22,10 @@ LEFT = "heads and tables of the vocabulary are not pruned, nor what is packed"
 Measure = Literal["magnitude", "wanda", "sparsegpt"]
 """By what weights are chosen to go: |w|; |w| · ‖x‖ among those of an output (Sun et al. 2023, arXiv 2306.11695); or
 what their loss costs after the others have made it good (`feedback`)."""
+Among = Literal["matrix", "output", "all"]
+"""Which weights are compared: those of a matrix, of one of its outputs (a row, where it is stored as [out, in]), or of
+all matrices together, some of which then lose more than others."""
+SUFFIXES: dict[Among, str] = {"matrix": "", "output": "-rows", "all": "-global"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,23 +42,25 @@ class Prune(Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class PruneSmallest(Prune):
-    """Sets a share of the weights to zero: the least of each matrix, or of all matrices together."""
+    """Sets a share of the weights to zero: the least of each matrix, of each output, or of all matrices together."""
 
     percent: float
-    together: bool = False
-    """Of all matrices together: then some lose more than others."""
+    among: Among = "matrix"
+    """Wanda's is an output always, and SparseGPT's as its source has it."""
 
     def __post_init__(self):
         super().__post_init__()
         if not 0 < self.percent < 100:
             raise UserError(f"{self.method}: more than 0 and less than 100 % can go; nearest: {self.by}-50%")
-        if self.together and self.by != "magnitude":
-            raise UserError(f"{self.method}: only magnitudes compare between matrices; nearest: {self.by}-50%")
+        if self.among != "matrix" and self.by != "magnitude":
+            raise UserError(
+                f"{self.method}: what is compared is to choose for magnitudes alone; nearest: {self.by}-50%"
+            )
 
     @property
     def method(self) -> str:
         """See `Rule.method`."""
-        return f"{self.by}-{self.percent:g}%" + "-global" * self.together
+        return f"{self.by}-{self.percent:g}%" + SUFFIXES[self.among]
 
     def apply(self, model: LanguageModel, chosen: list[matrices.Place], moments: Moments, key: jax.Array) -> Applied:
         """See `Rule.apply`."""
@@ -88,9 +94,9 @@ class PruneGroups(Prune):
 SHARE = r"-(\d+(?:\.\d+)?)%"
 
 
-def _share(by: Measure, summary: str) -> Method:
-    make = lambda found, only: PruneSmallest(by=by, percent=float(found[1]), only=only)  # noqa: E731
-    return Method(by + SHARE, make, summary)
+def _share(by: Measure, summary: str, among: Among = "matrix") -> Method:
+    make = lambda found, only: PruneSmallest(by=by, percent=float(found[1]), among=among, only=only)  # noqa: E731
+    return Method(by + SHARE + SUFFIXES[among], make, summary)
 
 
 def _groups(by: Measure, summary: str) -> Method:
@@ -100,10 +106,9 @@ def _groups(by: Measure, summary: str) -> Method:
 
 METHODS = {
     "magnitude-50%": _share("magnitude", "the smallest 50 % (or any other share) of each matrix become zero"),
-    "magnitude-50%-global": Method(
-        "magnitude" + SHARE + "-global",
-        lambda found, only: PruneSmallest(percent=float(found[1]), together=True, only=only),
-        "the smallest 50 % (or any other share) of all matrices together become zero",
+    "magnitude-50%-rows": _share("magnitude", "the same of each output of a matrix by itself", "output"),
+    "magnitude-50%-global": _share(
+        "magnitude", "the smallest 50 % (or any other share) of all matrices together become zero", "all"
     ),
     "magnitude-2:4": _groups("magnitude", "of every 4 inputs of an output the 2 largest stay (or any N of M)"),
     "wanda-50%": _share(
@@ -119,12 +124,12 @@ METHODS = {
 
 
 def prune_smallest(chosen: list[matrices.Place], recipe: PruneSmallest, moments: Moments) -> dict[str, str]:
-    """Sets exactly the share of each matrix, or of all together, to zero, in place; returns what it leaves, and why.
+    """Sets exactly the share, rounded of whatever is compared, to zero, in place; returns what it leaves, and why.
 
     Of a stack, each layer's or expert's matrix is one by itself.
     """
     pruned, left = _matrices(chosen)
-    if recipe.together and pruned:
+    if recipe.among == "all" and pruned:
         flat = jnp.concatenate([place.value[...].ravel() for place in pruned])
         ends = np.cumsum([place.value.size for place in pruned])[:-1]
         values = jnp.split(_least_to_zero(flat[None], jnp.abs(flat[None]), recipe.percent)[0], ends)
@@ -162,7 +167,7 @@ def _share_to_zero(w: jax.Array, moment: jax.Array | None, recipe: PruneSmallest
         assert moment is not None
         return each(functools.partial(sparsegpt, percent=recipe.percent), w, moment)
     importance = _importance(w, moment)
-    if recipe.by == "wanda":  # compares the inputs of an output
+    if recipe.by == "wanda" or recipe.among == "output":
         columns = w.swapaxes(-1, -2)
         found = _least_to_zero(_rows(columns, 1), _rows(importance.swapaxes(-1, -2), 1), recipe.percent)
         return found.reshape(columns.shape).swapaxes(-1, -2)

@@ -21,6 +21,8 @@ from phyla.training.step import NOTHING, TrainState
 METRIC = "bits_per_byte"
 CODED = "weights.huffman"
 """In the run's folder: arrays of its checkpoint that this does not hold."""
+LARGE = 2**20
+"""Bytes of an array from which each layer of its stack is a chunk by itself: reading holds few chunks besides."""
 
 
 class Checkpoints:
@@ -95,9 +97,9 @@ class Checkpoints:
             of_bytes, frozen = entropy.split(frozen)
             flat = nnx.to_flat_state(of_bytes)
             found = huffman.write(self._coded, {_joined(path): np.asarray(leaf[...]) for path, leaf in flat})
-        items = {"params": ocp.args.StandardSave(params)}
+        items = {"params": _by_layer(params)}
         if frozen:
-            items["frozen"] = ocp.args.StandardSave(frozen)
+            items["frozen"] = _by_layer(frozen)
         self._manager.save(step, args=ocp.args.Composite(**items), metrics={METRIC: math.inf})
         return found
 
@@ -149,6 +151,14 @@ class Checkpoints:
         flat = nnx.to_flat_state(of_bytes)
         found = [(path, leaf.replace(jax.device_put(arrays.pop(_joined(path)), leaf.sharding))) for path, leaf in flat]
         return nnx.merge_state(rest, nnx.from_flat_state(found))
+
+
+def _by_layer(params: nnx.State) -> ocp.args.StandardSave:
+    def how(path: tuple[Any, ...], leaf: jax.Array) -> ocp.SaveArgs:
+        stacked = path[0] == jax.tree_util.DictKey("periods")
+        return ocp.SaveArgs(shard_axes=(0,) if stacked and leaf.nbytes > LARGE else ())
+
+    return ocp.args.StandardSave(params, jax.tree.map_with_path(how, params))
 
 
 def _joined(path: tuple[Any, ...]) -> str:

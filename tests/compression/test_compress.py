@@ -240,6 +240,19 @@ def test_a_share_is_pruned(family):
     assert len(shares) > 1
 
 
+def test_a_share_of_each_output_is_pruned():
+    before = values(built("jamba"))
+    (step,) = compress(built("jamba"), parse("magnitude-40%-rows"))
+    after = values(step.model)
+    assert any(before[name].ndim > 3 for name in step.changed)  # experts too
+    for name in step.changed:
+        W, found = (a[name].reshape(-1, *a[name].shape[-2:]) for a in (before, after))
+        kept = found != 0
+        assert np.all((~kept).sum(axis=1) == round(0.4 * W.shape[1]))
+        assert np.all(np.where(kept, 0, np.abs(W)).max(axis=1) <= np.where(kept, np.abs(W), np.inf).min(axis=1))
+        np.testing.assert_array_equal(found[kept], W[kept])
+
+
 @pytest.mark.parametrize(("family", "keep", "group"), [*((f, 2, 4) for f in configs.SMALL), ("jamba", 5, 7)])
 def test_n_of_m_stay(family, keep, group):
     before = values(built(family))

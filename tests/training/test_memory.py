@@ -56,7 +56,7 @@ def saved(folder: Path, recipe: str, width: int, layers: int) -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("recipe", ["int8", "int4+huffman"])
 def test_loading_takes_what_the_report_says(recipe, tmp_path):
-    """What stays is the model; Orbax reads its arrays at the same time, and has some of them twice for a moment."""
+    """What stays is the model; while it is read the largest array, here a fifth of it, is there twice for a moment."""
     saved(tmp_path / "small", recipe, 32, 2)
     stated = saved(tmp_path / "large", recipe, 512, 12)
     command = [sys.executable, "-c", LOAD, str(tmp_path / "small"), str(tmp_path / "large")]
@@ -65,4 +65,4 @@ def test_loading_takes_what_the_report_says(recipe, tmp_path):
     stays, peak = map(int, done.stdout.split()[-2:])
     print(f"{recipe}: {stated / 1e6:.1f} MB stated, {stays / 1e6:.1f} MB stay, {peak / 1e6:.1f} MB at the peak")
     assert 0.95 * stated < stays < 1.15 * stated
-    assert peak < 1.75 * stated
+    assert peak < 1.45 * stated
