@@ -102,13 +102,14 @@ def _recorded(multiply: Callable, x: jax.Array, w: jax.Array, told: jax.Array, *
 
 
 def _forward(multiply, x, w, told, *sizes):
-    return multiply(x, w, *sizes), (x, told, sizes)
+    return multiply(x, w, *sizes), (x, w, told, sizes)
 
 
 def _backward(multiply, saved, g):
-    given, told, sizes = saved
+    x, w, told, sizes = saved
+    (dx,) = jax.vjp(lambda x: multiply(x, w, *sizes), x)[1](g)
     *stack, rows, K = told.shape
-    x = given.astype(jnp.float32)
+    x = x.astype(jnp.float32)
 
     def summed(a: jax.Array, b: jax.Array) -> jax.Array:
         """Σ aᵀb, of each matrix: what the derivative by it would be if b were the cotangent of its product with a."""
@@ -121,8 +122,7 @@ def _backward(multiply, saved, g):
     parts = [sums, _largest(size, *sizes)]
     if rows > FIGURES:
         parts.append(summed(x, x))
-    # No figure depends on a cotangent, so that none is led back: that would be as much work again as the forward pass.
-    return jnp.zeros_like(given), None, jnp.concatenate(parts, axis=-2), *(None for _ in sizes)
+    return dx, None, jnp.concatenate(parts, axis=-2), *(None for _ in sizes)
 
 
 _recorded.defvjp(_forward, _backward)
@@ -139,12 +139,16 @@ def _largest(size: jax.Array, sizes: jax.Array | None = None) -> jax.Array:
 def moments(model: LanguageModel, batches: Iterable[tuple[jax.Array, jax.Array]], squares: bool = True) -> Moments:
     """The figures of every dense matrix that a method may touch, heads left out.
 
+    Each token is read once, so a learned beginning, which every document has to itself, is left out.
+
     Args:
         model: stays as it is.
         batches: of tokens and segment numbers, integers [B, T]. Padding would count as any token.
         squares: whether second moments are kept, K numbers for each of the others.
     """
     model = nnx.clone(model)
+    if model.beginning is not None:
+        del model.beginning
     paths = _recordable(model).items()
     asked = {matrices.replace(model, path, Recorded(value, squares)): path for path, value in paths}
     graphdef, at, rest = nnx.split(model, Told, ...)
