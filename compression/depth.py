@@ -153,11 +153,15 @@ class Watched(nnx.Module):
 def influence(model: LanguageModel, batches: Iterable[tuple[jax.Array, jax.Array]]) -> Moments:
     """How much each block of the pattern changes the residual stream, float32 [sets of parameters], by its path.
 
+    A learned beginning is left out, as in `calibrate.moments`.
+
     Args:
         model: stays as it is.
         batches: as of `calibrate.moments`.
     """
     config, model = model.config, nnx.clone(model)
+    if model.beginning is not None:
+        del model.beginning
     sets = config.groups or config.repeats
     count = len(config.pattern)
     for i in range(count):

@@ -1,5 +1,6 @@
 """The language model: embeddings, blocks, a norm and a head."""
 
+import copy
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ from flax import nnx
 
 from phyla.models.config import Activation, BlockConfig, ModelConfig
 from phyla.models.cursor import Cursor, advance, start
+from phyla.models.documents import apart
 from phyla.models.errors import UserError
 from phyla.models.held import alike, empty
 from phyla.models.layers import ACTIVATIONS, Embedding, Linear, build_norm
@@ -18,8 +20,16 @@ class ModelState(NamedTuple):
     """What the model remembers of the tokens so far. A block's state is those of its mixer and its channel mixer."""
 
     prefix: tuple[Any, ...]  # one for each block of the prefix
-    blocks: tuple[Any, ...]  # one for each block of the pattern, stacked over its repeats
+    blocks: tuple[Any, ...]  # one for each block of the pattern, stacked over its repeats; see `unrolled`
     cursor: Cursor
+
+    def unrolled(self, repeats: int) -> "ModelState":
+        """The same for an `unrolled` model: `blocks` has one tuple for each repeat, of its blocks."""
+        return self._replace(blocks=tuple(_one(self.blocks, i) for i in range(repeats)))
+
+    def stacked(self) -> "ModelState":
+        """Undoes `unrolled`."""
+        return self._replace(blocks=jax.tree.map(lambda *leaves: jnp.stack(leaves), *self.blocks))
 
 
 class Output(NamedTuple):
@@ -180,7 +190,7 @@ class LanguageModel(nnx.Module):
             return self.prefix[index]
         repeat, place = divmod(index - len(self.prefix), len(self.config.pattern))
         stored = repeat // (self.config.repeats // (self.config.groups or self.config.repeats))
-        return jax.tree.map(lambda leaf: leaf[stored], self.periods.blocks[place])
+        return _one(self.periods.blocks[place], stored)
 
     def initial_state(self, batch: int, length: int) -> ModelState:
         """The state before the first token, with room for `length` tokens where a mixer keeps them all."""
@@ -208,6 +218,17 @@ class LanguageModel(nnx.Module):
             blocks=tuple(stacked(block) for block in self.periods.blocks),
             cursor=start(batch),
         )
+
+    def unrolled(self) -> "LanguageModel":
+        """The same, for states that are `unrolled` too: no scan, but one repeat of the pattern after the other.
+
+        Compilation takes longer with every layer. What is called again and again inside a program is faster by it: a
+        scan copies a layer's parameters and memory out of the stack, and its memory back.
+        """
+        model = copy.copy(self)
+        stored = self.config.groups or self.config.repeats
+        model.periods = nnx.List([_one(self.periods, i) for i in range(stored)])
+        return model
 
     def with_room(self, state: ModelState, length: int) -> ModelState:
         """A state that is full, with room for `length` tokens more where a mixer keeps them all."""
@@ -249,9 +270,10 @@ class LanguageModel(nnx.Module):
             token_types: [B, T], below `config.token_types`; None: all 0.
             layers: whether the residual stream of every layer is wanted too.
 
-        A learned beginning is that of each sequence's first document, also if no state is given.
+        A learned beginning is that of every document (`phyla.models.documents`), also if no state is given.
 
-        Raises UserError for more tokens than learned positions.
+        Raises UserError for more tokens than learned positions, and for segments that a state with a learned beginning
+        goes on with: there they could only begin with nothing.
         """
         if self.subspace is not None:
             return self.moved().forward(tokens, state, segment_ids, token_types, layers=layers)
@@ -259,11 +281,29 @@ class LanguageModel(nnx.Module):
         if limit and tokens.shape[1] + before > limit:
             after = f" after {before} learned ones" * bool(before)
             raise UserError(f"{tokens.shape[1]} tokens{after} do not fit model.learned_positions {limit}")
+        if self.beginning is not None and segment_ids is not None:
+            if state is not None:
+                raise UserError("a state with a learned beginning goes on with one document: leave segment_ids out")
+            return self._apart(tokens, segment_ids, token_types, layers)
         begin = state
         if state is None and self.beginning is not None:
-            begin = self.beginning.state(self, tokens.shape[0], tokens.shape[1], segment_ids)
+            begin = self.beginning.state(self, *tokens.shape)
         found = self.forward_embedded(self.embedding(tokens), begin, segment_ids, token_types, layers=layers)
         return found if state is not None else found._replace(state=None)
+
+    def _apart(self, tokens: jax.Array, segment_ids: jax.Array, token_types: jax.Array | None, layers: bool) -> Output:
+        """`forward` of packed documents that begin with what is learned."""
+        graphdef, params = nnx.split(self)
+
+        def run(params: nnx.State, inputs: tuple, segment_ids: jax.Array) -> tuple:
+            model, (tokens, token_types) = nnx.merge(graphdef, params), inputs
+            begin = model.beginning.state(model, *tokens.shape, segment_ids)
+            found = model.forward_embedded(model.embedding(tokens), begin, segment_ids, token_types, layers=layers)
+            streams = None if found.layers is None else jnp.moveaxis(found.layers, 0, 2)
+            return (found.hidden, streams), found.routing
+
+        (hidden, streams), routing = apart(run, params, (tokens, token_types), segment_ids)
+        return Output(hidden, None, routing, None if streams is None else jnp.moveaxis(streams, 2, 0))
 
     def forward_embedded(
         self,
@@ -344,6 +384,13 @@ class LanguageModel(nnx.Module):
 
     def _scan(self, body: Any, carry: Any, states: Any) -> tuple[Any, Any]:
         """`body` over the repeats of the pattern; with groups, over those of each group inside."""
+        if isinstance(self.periods, nnx.List):
+            uses, found = self.config.repeats // len(self.periods), []
+            for i, before in enumerate(states or (None,) * self.config.repeats):
+                carry, of_repeat = body(carry, (self.periods[i // uses], before))
+                found.append(of_repeat)
+            after = tuple(each[0] for each in found)
+            return carry, (after, *jax.tree.map(lambda *leaves: jnp.stack(leaves), *(each[1:] for each in found)))
         if self.config.groups in (None, self.config.repeats):
             return jax.lax.scan(body, carry, (self.periods, states))
         uses = self.config.repeats // self.config.groups
@@ -356,3 +403,7 @@ class LanguageModel(nnx.Module):
 
         carry, after = jax.lax.scan(group, carry, (self.periods, jax.tree.map(fold, states)))
         return carry, jax.tree.map(unfold, after)
+
+
+def _one(stack: Any, index: int) -> Any:
+    return jax.tree.map(lambda leaf: leaf[index], stack)

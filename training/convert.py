@@ -20,6 +20,7 @@ from phyla.training import run, saved
 from phyla.training.checkpoints import write_params
 from phyla.training.config import Experiment
 from phyla.training.data.config import DataConfig
+from phyla.training.data.templates import CONFIG_FILE, ChatTemplate
 from phyla.training.data.tokenizers import TOKENIZER_FILE, HuggingFaceTokenizer, Tokenizer, make_tokenizer
 
 
@@ -50,7 +51,8 @@ def import_model(source: Path, out: Path) -> None:
 def find_tokenizer(source: Source) -> Tokenizer | None:
     """The source's own, or the tokenizer.json beside it; None if there is none."""
     if source.vocabulary is not None:
-        return HuggingFaceTokenizer(*source.vocabulary)
+        core, bos_id, eos_id, text, names = source.vocabulary
+        return HuggingFaceTokenizer(core, bos_id, eos_id, None if text is None else ChatTemplate(text, dict(names)))
     path = source.where / TOKENIZER_FILE
     return make_tokenizer(DataConfig(tokenizer=str(path))) if path.is_file() else None
 
@@ -101,4 +103,6 @@ def _write_tokenizer(out: Path, tokenizer: HuggingFaceTokenizer) -> None:
     for key, token in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)):
         if token in names:
             config[key] = names[token]
-    run.write_json(out / "tokenizer_config.json", config)
+    if tokenizer.chat_template is not None:
+        config |= tokenizer.chat_template.to_config()
+    run.write_json(out / CONFIG_FILE, config)

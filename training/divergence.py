@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from phyla.models.documents import apart
 from phyla.models.language_model import LanguageModel, ModelState
 from phyla.training import sharding
 from phyla.training.data.pipeline import Packed
@@ -94,16 +95,27 @@ def _hidden(model: LanguageModel, tokens: jax.Array, segment_ids: jax.Array, cal
     """[B, T, D]; see `divergences`."""
     if call is None:
         return model.forward(tokens, segment_ids=segment_ids).hidden
+    if model.beginning is None:
+        return _in_calls(model, tokens, segment_ids, call)
+    graphdef, params = nnx.split(model)
+
+    def run(params: nnx.State, tokens: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, None]:
+        return _in_calls(nnx.merge(graphdef, params), tokens, None, call), None
+
+    return apart(run, params, tokens, segment_ids)[0]
+
+
+def _in_calls(model: LanguageModel, tokens: jax.Array, segment_ids: jax.Array | None, call: int) -> jax.Array:
     B, T = tokens.shape
 
     def calls(x_BxT: jax.Array) -> jax.Array:
         """[calls, B, call], padded at the end, which no token before sees."""
         return jnp.pad(x_BxT, ((0, 0), (0, -T % call))).reshape(B, -1, call).swapaxes(0, 1)
 
-    def one(state: ModelState, given: tuple[jax.Array, jax.Array]) -> tuple[ModelState, jax.Array]:
+    def one(state: ModelState, given: tuple[jax.Array, jax.Array | None]) -> tuple[ModelState, jax.Array]:
         hidden, state = model(given[0], state, given[1])
         return state, hidden
 
     state = model.initial_state(B, T + -T % call)
-    _, hidden_NxBxCxD = jax.lax.scan(one, state, (calls(tokens), calls(segment_ids)))
+    _, hidden_NxBxCxD = jax.lax.scan(one, state, jax.tree.map(calls, (tokens, segment_ids)))
     return hidden_NxBxCxD.swapaxes(0, 1).reshape(B, -1, hidden_NxBxCxD.shape[-1])[:, :T]

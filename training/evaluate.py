@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from phyla.training import run, sharding
+from phyla.training.data.chat import chat_format
 from phyla.training.data.config import DataConfig
-from phyla.training.data.conversations import ChatFormat, split_last
+from phyla.training.data.conversations import split_last
 from phyla.training.data.pipeline import Packed, prepare
 from phyla.training.data.sources import conversations
 from phyla.training.objectives import Batch, Objective
@@ -94,7 +95,7 @@ class ExactMatch(NamedTuple):
 def exact_match(saved: Saved, data: DataConfig, max_tokens: int) -> ExactMatch:
     """Of the responses of at most `max_tokens` tokens, their end included, that end a validation conversation."""
     assert data.template is not None
-    chat = ChatFormat(data.template, saved.tokenizer)
+    chat = chat_format(data.template, saved.tokenizer)
     short = [
         (chat.prompt(before), response)
         for before, response in split_last(conversations(data, "validation"))

@@ -23,6 +23,9 @@ from phyla.training.saved import load
 BLOCK = 32
 """Tokens decoded between two looks at the stop strings."""
 
+UNROLLED = 12
+"""Layers, at most, of a model whose decoding is compiled layer by layer: see `LanguageModel.unrolled`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -84,7 +87,7 @@ class Generator:
             return sample(model.logits(hidden_BxD), jax.random.fold_in(key, drawn), sampling)
 
         def prefill(
-            params: nnx.State, tokens_BxT: jax.Array, segment_ids_BxT: jax.Array, key: jax.Array, *, length: int
+            params: nnx.State, tokens_BxT: jax.Array, segment_ids_BxT: jax.Array | None, key: jax.Array, *, length: int
         ) -> Decoder:
             model: LanguageModel = nnx.merge(graphdef, params).moved()  # once, not for each token
             state = model.initial_state(len(tokens_BxT), length)
@@ -94,6 +97,10 @@ class Generator:
 
         def decode(params: nnx.State, decoder: Decoder, *, count: int) -> tuple[Decoder, jax.Array]:
             model: LanguageModel = nnx.merge(graphdef, params).moved()  # once, not for each token
+            few = model.config.layers <= UNROLLED
+            if few:
+                decoder = decoder._replace(state=decoder.state.unrolled(model.config.repeats))
+                model = model.unrolled()
 
             def one(decoder: Decoder, _: None) -> tuple[Decoder, jax.Array]:
                 hidden_Bx1xD, state = model(decoder.token[:, None], decoder.state)
@@ -101,10 +108,12 @@ class Generator:
                 return Decoder(state, token, decoder.drawn + 1, decoder.key), decoder.token
 
             decoder, tokens_TxB = jax.lax.scan(one, decoder, length=count)
+            if few:
+                decoder = decoder._replace(state=decoder.state.stacked())
             return decoder, tokens_TxB.T
 
         self.prefill: Callable[..., Decoder] = jax.jit(prefill, static_argnames="length")
-        """(params, tokens [B, T], segment_ids [B, T], key, length) -> Decoder with room for `length` tokens."""
+        """(params, tokens [B, T], segment_ids [B, T] or None, key, length) -> Decoder with room for `length` tokens."""
         self.decode: Callable[..., tuple[Decoder, jax.Array]] = jax.jit(
             decode, static_argnames="count", donate_argnums=1
         )
@@ -149,25 +158,34 @@ def generate(
         generator: of this graph and sampling, to be compiled once for many calls; None: a new one.
         width: prompts are padded to at least so many tokens.
 
+    Prompts to a model with a learned beginning, which is that of their first tokens and not of padding, are taken in
+    turn: those of one length together.
+
     Returns:
         The drawn tokens of each prompt.
-
-    Raises UserError for prompts of different lengths to a model with a learned beginning.
     """
     generator = generator or Generator(graphdef, sampling)
-    tokens, segment_ids = left_pad(prompts, width)
-    if nnx.merge(graphdef, params).beginning is not None and not segment_ids.all():
-        raise UserError(
-            "a learned beginning is of the first token, and padding is that of a shorter prompt: one a call"
-        )
-    length = tokens.shape[1] + max_tokens + BLOCK
-    decoder = generator.prefill(params, tokens, segment_ids, jax.random.key(seed), length=length)
-    drawn = np.zeros((len(prompts), 0), np.int32)
-    while drawn.shape[1] < max_tokens and not all(finished(row, drawn[row]) for row in range(len(prompts))):
-        decoder, block = generator.decode(params, decoder, count=BLOCK)
-        drawn = np.concatenate([drawn, np.asarray(block)], axis=1)[:, :max_tokens]
-        progress(drawn.shape[1])
-    return list(drawn)
+    length = max(width, *map(len, prompts)) + max_tokens + BLOCK
+    begins = nnx.merge(graphdef, params).beginning is not None
+
+    def continued(rows: Sequence[int], width: int) -> np.ndarray:
+        tokens, segment_ids = left_pad([prompts[row] for row in rows], width)
+        key = jax.random.key(seed)
+        decoder = generator.prefill(params, tokens, None if begins else segment_ids, key, length=length)
+        drawn = np.zeros((len(rows), 0), np.int32)
+        while drawn.shape[1] < max_tokens and not all(map(finished, rows, drawn)):
+            decoder, block = generator.decode(params, decoder, count=BLOCK)
+            drawn = np.concatenate([drawn, np.asarray(block)], axis=1)[:, :max_tokens]
+            progress(drawn.shape[1])
+        return drawn
+
+    if not begins:
+        return list(continued(range(len(prompts)), width))
+    found: dict[int, np.ndarray] = {}
+    for size in sorted(set(map(len, prompts))):
+        rows = [row for row, prompt in enumerate(prompts) if len(prompt) == size]
+        found |= zip(rows, continued(rows, size), strict=True)
+    return [found[row] for row in range(len(prompts))]
 
 
 def until_end(tokens: np.ndarray, eos_id: int) -> np.ndarray:

@@ -20,7 +20,8 @@ from rich.table import Table
 from phyla.models.errors import UserError
 from phyla.training import run
 from phyla.training.data.arithmetic import LEVELS, Problem, Protocol, problems
-from phyla.training.data.conversations import ChatFormat, Turn
+from phyla.training.data.chat import ChatFormat, chat_format
+from phyla.training.data.conversations import Turn
 from phyla.training.data.tokenizers import Tokenizer, encode_prompt
 from phyla.training.progress import Reporter
 from phyla.training.respond import respond
@@ -97,7 +98,7 @@ def evaluate_protocol(
     data, tokenizer = saved.experiment.data, saved.tokenizer
     if saved.experiment.model.bidirectional:
         raise UserError(f"{folder} is an encoder, which continues nothing")
-    chat = None if data.template is None else ChatFormat(data.template, tokenizer)
+    chat = None if data.template is None else chat_format(data.template, tokenizer)
     shots = shots if shots is not None else 0 if chat else SHOTS_IN_TEXT
     asked = list(problems(count, "validation", seed=1))
     drawn = list(problems(count * shots, "train", seed=1))

@@ -33,14 +33,14 @@ def measure(
         "decode_tokens_per_second": [],
         "state_bytes": [],
     }
-    key, vocabulary = jax.random.key(0), saved.experiment.model.vocab_size
+    key, vocabulary, begins = jax.random.key(0), saved.experiment.model.vocab_size, saved.model().beginning is not None
     assert vocabulary is not None
     for i, length in enumerate(contexts):
         tokens = jax.random.randint(key, (1, length), 0, vocabulary)
-        segment_ids = jnp.ones_like(tokens)
+        segment_ids = None if begins else jnp.ones_like(tokens)
         room = length + (REPEATS + 1) * BLOCK
 
-        def prefill(tokens: jax.Array = tokens, segment_ids: jax.Array = segment_ids, room: int = room) -> Any:
+        def prefill(tokens: jax.Array = tokens, segment_ids: jax.Array | None = segment_ids, room: int = room) -> Any:
             return generator.prefill(saved.params, tokens, segment_ids, key, length=room)
 
         decoder = _timed(prefill)[0]

@@ -58,7 +58,8 @@ def attention(
         everywhere: so many tokens, the first of each document, are seen by all, and if not `causal` see all.
         slopes: [N], of linear biases (Press et al. 2022), or None.
         implementation: "reference" (`jax.nn.dot_product_attention`, also what accelerators use), "xla" (blocks of
-            queries, recomputed in the backward pass: what a CPU is fastest with), or None for the backend's best.
+            queries, recomputed in the backward pass: what a CPU is fastest with; keeps q, k, v, the output and two
+            numbers for each query and head), or None for the backend's best.
 
     Returns:
         [B, T, N, H] in q's dtype.

@@ -32,6 +32,8 @@ NAMES = {
     "head": "output",
 }
 ROPE_FACTORS = "rope_freqs.weight"
+NAMED = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+"""Special tokens, and what chat templates call them."""
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # kinds of tokens
 
 
@@ -172,4 +174,6 @@ def read_vocabulary(fields: dict) -> Vocabulary | None:
         )
     else:
         raise UserError(f"{prefix}model is {said.get('model')!r}; supported: 'gpt2', 'llama'")
-    return Vocabulary(core, bos, eos)
+    ids = ((name, said.get(f"{key}_token_id")) for key, name in NAMED.items())
+    names = tuple((name, tokens[i]) for name, i in ids if i is not None)
+    return Vocabulary(core, bos, eos, fields.get("tokenizer.chat_template"), names)

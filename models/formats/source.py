@@ -25,6 +25,10 @@ class Vocabulary(NamedTuple):
     core: tokenizers.Tokenizer
     bos_id: int
     eos_id: int
+    template: str | None = None
+    """The jinja program that writes conversations."""
+    names: tuple[tuple[str, str], ...] = ()
+    """That it knows special tokens by: (`bos_token`, "<s>"), …"""
 
 
 class Source(NamedTuple):

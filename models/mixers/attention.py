@@ -116,8 +116,8 @@ class AttentionConfig(LayerConfig):
 class Cache(NamedTuple):
     """Keys and values of earlier tokens: all of them, or the last `reach`."""
 
-    k: jax.Array  # [B, S, K, H], rotated
-    v: jax.Array  # [B, S, K, H]
+    k: jax.Array  # [B, K, S, H], rotated; heads lie before time, as products take them: a step copies no cache
+    v: jax.Array  # [B, K, S, H]
     began: jax.Array  # [B, S] int32, the token with which the slot's document began
     token: jax.Array  # [S] int32, which token of the sequence a slot holds; -1: none yet
     length: jax.Array  # [] int32, tokens seen so far
@@ -149,7 +149,7 @@ class Attention(Layer):
     def initial_state(self, batch: int, length: int) -> Cache:
         """An empty cache for `length` tokens, or for the window if that is shorter."""
         slots = min(length, self.config.reach or length)
-        shape = (batch, slots, self.kv_heads, self.head_dim)
+        shape = (batch, self.kv_heads, slots, self.head_dim)
         return Cache(
             k=jnp.zeros(shape, self.dtype),
             v=jnp.zeros(shape, self.dtype),
@@ -165,11 +165,12 @@ class Attention(Layer):
         more = length if window is None else max(0, min(slots + length, window) - slots)
         at = (0, more) if window is None else (more, 0)
 
-        def pad(leaf: jax.Array, axis: int, value: int = 0) -> jax.Array:
-            return jnp.pad(leaf, [at if i == axis else (0, 0) for i in range(leaf.ndim)], constant_values=value)
+        def pad(leaf: jax.Array, value: int = 0) -> jax.Array:
+            width = [at if axis == _time(leaf) else (0, 0) for axis in range(leaf.ndim)]
+            return jnp.pad(leaf, width, constant_values=value)
 
-        k, v, began = jax.tree.map(lambda leaf: pad(leaf, 1), (state.k, state.v, state.began))
-        return state._replace(k=k, v=v, began=began, token=pad(state.token, 0, -1))
+        k, v, began = jax.tree.map(pad, (state.k, state.v, state.began))
+        return state._replace(k=k, v=v, began=began, token=pad(state.token, -1))
 
     def __call__(
         self, x: jax.Array, state: Cache | None = None, segment_ids: jax.Array | None = None
@@ -189,9 +190,9 @@ class Attention(Layer):
         packed = segment_ids is not None or state is not None
         queries = keys = Tokens(token_T, token_T - positions_BxT if packed else None)
         if state is not None:
-            new = k_BxTxKxH, v_BxTxKxH, queries.began, token_T
+            new = jnp.swapaxes(k_BxTxKxH, 1, 2), jnp.swapaxes(v_BxTxKxH, 1, 2), queries.began, token_T
             (k, v, began_BxS, token_S), kept = self._extend(state, new)
-            k_BxTxKxH, v_BxTxKxH = floats(k).astype(x.dtype), floats(v).astype(x.dtype)
+            k_BxTxKxH, v_BxTxKxH = (jnp.swapaxes(floats(part).astype(x.dtype), 1, 2) for part in (k, v))
             keys = Tokens(token_S, began_BxS)
             state = Cache(*kept, length=state.length + T, cursor=cursor)
         y_BxTxNxH = attention(
@@ -253,16 +254,21 @@ class Attention(Layer):
         new, more = alike(new, old), len(new[-1])
 
         def extended(o: jax.Array, n: jax.Array) -> jax.Array:
-            n, axis = n.astype(o.dtype), min(1, o.ndim - 1)  # time is the last axis of `token`, else the second
+            n = n.astype(o.dtype)
             if self.config.reach is None:
-                return jax.lax.dynamic_update_slice_in_dim(o, n, state.length, axis)
-            return jnp.concatenate([o, n], axis)
+                return jax.lax.dynamic_update_slice_in_dim(o, n, state.length, _time(o))
+            return jnp.concatenate([o, n], _time(o))
 
         seen = jax.tree.map(extended, old, new)
         if self.config.reach is None:
             return seen, seen
         # A window's cache is short: append, look, keep the end.
-        return seen, jax.tree.map(lambda s: s[more:] if s.ndim == 1 else s[:, more:], seen)
+        return seen, jax.tree.map(lambda s: jax.lax.slice_in_dim(s, more, None, axis=_time(s)), seen)
+
+
+def _time(part: jax.Array) -> int:
+    """The axis of a cache's slots: of token [S], of began [B, S], of k and v [B, K, S, H]."""
+    return part.ndim // 2
 
 
 def _tokens(positions_BxT: jax.Array, packed: bool) -> Tokens:

@@ -472,10 +472,19 @@ def hidden(model: LanguageModel) -> np.ndarray:
     return np.concatenate([np.ravel(model.forward(*given).hidden) for given in ((t, None, s) for t, s in batches())])
 
 
-@pytest.mark.parametrize(
-    "family", [f if f in ("jamba", "xlstm") else pytest.param(f, marks=pytest.mark.slow) for f in configs.SMALL]
-)
-@pytest.mark.parametrize("methods", [("gptq-int4", "int4"), ("sparsegpt-2:4", "magnitude-2:4"), ("wanda-50%", "")])
+READING = [
+    pytest.param(family, methods, marks=() if family == quick else pytest.mark.slow, id=f"{family}-{methods[0]}")
+    for quick, methods in (
+        ("jamba", ("gptq-int4", "int4")),
+        ("xlstm", ("sparsegpt-2:4", "magnitude-2:4")),
+        ("transformer", ("wanda-50%", "")),
+    )
+    for family in configs.SMALL
+]
+"""Of each method one family; slow tests have all."""
+
+
+@pytest.mark.parametrize(("family", "methods"), READING)
 def test_methods_that_read_text(family, methods):
     """They change what others of their kind change, and the model's answers to that text less."""
     better, plain = methods

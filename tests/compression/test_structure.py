@@ -361,8 +361,8 @@ def test_what_is_left_decodes():
     made = steps[-1].model
     state = made.initial_state(2, 9)
     attention, mamba, other = (each[0] for each in state.blocks)
-    assert attention.k.shape == (1, 2, 9, 1, 8)
-    assert other.k.shape == (1, 2, 9, 2, 4)
+    assert attention.k.shape == (1, 2, 1, 9, 8)
+    assert other.k.shape == (1, 2, 2, 9, 4)
     assert mamba.scan.shape == (1, 2, 24, 2)
     assert mamba.conv.shape == (1, 2, 3, 24)
     assert [channel and channel.hidden(made.config) for channel in channels(made.config)] == [24, None, 48]

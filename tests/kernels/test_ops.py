@@ -4,8 +4,9 @@ The chain of trust: a numpy function runs one document in float64 or complex128 
 float64 has its outputs and, by complex steps, its gradients -> every implementation in float32 or bfloat16.
 
 Kernels for other chips are interpreted here, which also finds races, reads of uninitialised memory (they are NaN) and
-reads out of bounds, and is slow: fewer of their cases are in the quick set. Races on TPUs are looked for in the tests
-of numbers, float32 and bfloat16: the others call the same kernels, up to three times faster without.
+reads out of bounds, and is slow: the quick set has some of their cases of numbers and packing, and decoding of the ways
+of calling. Races on TPUs are looked for in the tests of numbers, float32 and bfloat16: the others call the same
+kernels, up to three times faster without.
 """
 
 import contextlib
@@ -34,17 +35,17 @@ COMPILED = [pair for pair in PAIRS if pair[1] not in BACKENDS]
 INTERPRETED = [pair for pair in PAIRS if pair[1] in BACKENDS]
 
 
-def _slow_on_gpu(pairs):
-    """The interpreter of GPU kernels calls back for every access: two calls of each op are in the quick set."""
-    marked = [pytest.param(*pair, marks=pytest.mark.slow if pair[1] == "gpu" else ()) for pair in pairs]
+def _slow_on(backends, pairs):
+    marked = [pytest.param(*pair, marks=pytest.mark.slow if pair[1] in backends else ()) for pair in pairs]
     return pytest.mark.parametrize(("name", "implementation"), marked)
 
 
 every_implementation_quickly = pytest.mark.parametrize(("name", "implementation"), PAIRS)
-every_implementation = _slow_on_gpu(PAIRS)
-every_compiled_implementation = _slow_on_gpu(COMPILED)
-every_interpreted_implementation = _slow_on_gpu(INTERPRETED)
-every_fast_implementation = _slow_on_gpu(pair for pair in PAIRS if pair[1] != "reference")
+every_implementation = _slow_on(BACKENDS, PAIRS)
+every_compiled_implementation = _slow_on((), COMPILED)
+# The interpreter of GPU kernels calls back for every access: two calls of each op are in the quick set.
+every_interpreted_implementation = _slow_on({"gpu"}, INTERPRETED)
+every_fast_implementation = _slow_on(BACKENDS, (pair for pair in PAIRS if pair[1] != "reference"))
 
 
 class Case(NamedTuple):
@@ -221,8 +222,9 @@ def test_bfloat16(name, implementation):
 def _each_split():
     for name, implementation in PAIRS:
         if implementation != "reference":
-            yield pytest.param(name, implementation, 20, marks=pytest.mark.slow if implementation == "gpu" else ())
-            yield pytest.param(name, implementation, 1, marks=pytest.mark.slow if implementation in BACKENDS else ())
+            marks = pytest.mark.slow if implementation in BACKENDS else ()
+            yield pytest.param(name, implementation, 20, marks=marks)
+            yield pytest.param(name, implementation, 1, marks=marks)
 
 
 @without_races

@@ -125,8 +125,8 @@ ALWAYS = {
     "test_a_gradient_reaches_every_parameter",
 }
 """What `make test` asks of every architecture."""
-WHOLLY = {"attention", "mamba"}
-"""The architectures of which `make test` asks everything; `make test-all` does so of all."""
+WHOLLY = {"hybrid"}
+"""The architecture of which `make test` asks everything, Mamba and attention; `make test-all` does so of all."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -52,12 +52,12 @@ def close(a, b, tolerance=2e-5):
     np.testing.assert_allclose(a, b, rtol=0, atol=tolerance)
 
 
-def same_gradients(a, b):
+def same_gradients(a, b, rounding=0.0):
     """To float32 accuracy: of each array's largest gradient, and of the largest of all."""
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(b))
 
     def same(x, y):
-        np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * np.abs(y).max() + 1e-7 * largest)
+        np.testing.assert_allclose(x, y, rtol=0, atol=(1e-5 + 2 * rounding) * np.abs(y).max() + 1e-7 * largest)
 
     jax.tree.map(same, a, b)
 
@@ -147,15 +147,12 @@ def test_left_padding_changes_nothing(architecture):
 def test_scanned_equals_unrolled(architecture):
     model = perturbed(architecture)
     tokens = tokens_of(architecture, B, T)
-    x, value = model._embed(model.embedding(tokens), None, None, None)[0], None
-    for block in model.prefix:
-        x, value, *_ = block(x, value, None, None)
-    for repeat in range(architecture.repeats):
-        group = repeat * (architecture.groups or architecture.repeats) // architecture.repeats
-        period = jax.tree.map(lambda leaf, group=group: leaf[group], model.periods)
-        x, *_ = period(x, value, None, None)
-    x = model.norm(x) if architecture.final_norm else x
-    close(model.logits(x), logits(model, tokens)[0])
+    before = model.initial_state(B, T)
+    scanned, state = logits(model, tokens, before)
+    unrolled, after = logits(model.unrolled(), tokens, before.unrolled(architecture.repeats))
+    close(unrolled, scanned)
+    jax.tree.map(close, after.stacked(), state)
+    close(logits(model.unrolled(), tokens)[0], scanned)
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
@@ -275,13 +272,19 @@ def test_eight_devices_equal_one(architecture):
     def loss(params, batch):
         return next_token(nnx.merge(graphdef, params), batch, jax.random.key(0), chunk=64)[0]
 
-    alone = jax.jit(jax.value_and_grad(loss))(params, batch)
+    one = jax.jit(jax.value_and_grad(loss))
+    alone = one(params, batch)
+    # Exponential gates amplify rounding; how far is told by the same rows in another order.
+    other = one(params, jax.tree.map(lambda rows: rows[::-1], batch))[1]
+    pairs = zip(jax.tree.leaves(other), jax.tree.leaves(alone[1]), strict=True)
+    rounding = max(float(jnp.abs(x - y).max() / jnp.abs(y).max()) for x, y in pairs)
+    assert rounding < 1e-4
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), 8)
     layout = sharding.shardings(params, mesh)
     rows = sharding.put_batch(jax.tree.map(np.asarray, batch), mesh)
     spread = jax.jit(jax.value_and_grad(loss), out_shardings=(None, layout))(jax.device_put(params, layout), rows)
     np.testing.assert_allclose(spread[0], alone[0], rtol=1e-5)
-    same_gradients(jax.device_get(spread[1]), jax.device_get(alone[1]))
+    same_gradients(jax.device_get(spread[1]), jax.device_get(alone[1]), rounding)
 
 
 def test_a_saved_model_generates_what_it_did_before(architecture, tmp_path):

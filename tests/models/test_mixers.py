@@ -164,8 +164,8 @@ def test_bidirectional_attention_has_no_cache():
 
 def test_a_windows_cache_is_as_short_as_the_window():
     full, windowed = (build(AttentionConfig(heads=2, window=window))[0].initial_state(1, 100) for window in (None, 7))
-    assert full.k.shape[1] == 100
-    assert windowed.k.shape[1] == 7
+    assert full.k.shape[2] == 100
+    assert windowed.k.shape[2] == 7
 
 
 def test_what_sparse_attention_sees_is_told_by_document():

@@ -15,7 +15,9 @@ from phyla.compression.state import is_held
 from phyla.models.language_model import ModelState
 from phyla.training.compress import compress_run
 from phyla.training.data.pipeline import prepare
+from phyla.training.divergence import divergences
 from phyla.training.generate import Sampling, generate
+from phyla.training.objectives import next_tokens
 from phyla.training.saved import load
 from phyla.training.speed import state_bytes
 
@@ -101,3 +103,13 @@ def test_a_learned_beginning_is_held_once_it_is_made(trained):
     assert any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(state))
     assert 0 < np.abs(hidden - carried).max() < 0.05 * np.abs(hidden).max()
     assert (np.abs(gradient["beginning"]["vectors"][...]).max(axis=-1) > 0).all()
+
+
+@pytest.mark.slow
+def test_documents_read_in_calls_have_their_beginning_too(trained):
+    saved = load(trained)
+    model = compress(saved.model(), parse("prompt-3"))[-1].model
+    packed = prepare(saved.experiment.data, saved.tokenizer, "validation")
+    options: dict[str, Any] = {"batch_size": 4, "chunk": 64, "mesh": saved.mesh}
+    ((whole,), (carried,)) = (divergences([model], next_tokens, packed, **options, call=call) for call in (None, 5))
+    assert carried.bits_per_byte == pytest.approx(whole.bits_per_byte, rel=1e-5)

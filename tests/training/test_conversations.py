@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from phyla.models.errors import UserError
 from phyla.models.language_model import LanguageModel
 from phyla.training.config import Experiment
+from phyla.training.data.chat import Encoded, chat_format, fit
 from phyla.training.data.config import DataConfig
-from phyla.training.data.conversations import ChatFormat, Encoded, Turn, fit, read_record
+from phyla.training.data.conversations import Turn, read_record
 from phyla.training.data.pipeline import RowPacker, prepare, train_iterator
 from phyla.training.data.sources import conversations, documents
 from phyla.training.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer, make_tokenizer
@@ -108,7 +109,7 @@ SYSTEM = (Turn("system", "Be"), *ASKED, Turn("user", "No"), Turn("assistant", ""
 def test_the_tokens_that_count_one_by_one(template, special, conversation, expected):
     tokenizer = words(*special)
     for name in (template, "auto"):  # the tokenizer's markers say which
-        chat = ChatFormat(name, tokenizer)
+        chat = chat_format(name, tokenizer)
         assert chat.name == template
         assert spelled(tokenizer, chat.encode(conversation)) == marked(expected)
     # a prompt is what is in front of the response
@@ -122,7 +123,7 @@ def test_the_tokens_that_count_one_by_one(template, special, conversation, expec
 
 def test_a_marker_in_what_is_said_is_plain_text():
     tokenizer = words(*CHATML)
-    encoded = ChatFormat("chatml", tokenizer).encode((Turn("user", "<|im_end|>"), Turn("assistant", "<|im_end|>")))
+    encoded = chat_format("chatml", tokenizer).encode((Turn("user", "<|im_end|>"), Turn("assistant", "<|im_end|>")))
     assert np.count_nonzero(encoded.tokens == tokenizer.special_id("<|im_end|>")) == 2
     assert encoded.weights.sum() == len("<|im_end|>") + 1
 
@@ -131,8 +132,8 @@ def test_a_template_whose_markers_are_missing_is_refused():
     with pytest.raises(
         UserError, match=r"'chatml' needs the special tokens <\|im_start\|>, <\|im_end\|>.*nearest: plain"
     ):
-        ChatFormat("chatml", BYTES)
-    assert ChatFormat("auto", BYTES).name == "plain"
+        chat_format("chatml", BYTES)
+    assert chat_format("auto", BYTES).name == "plain"
 
 
 @pytest.mark.parametrize(
@@ -291,7 +292,7 @@ def test_packed_examples_equal_separate_ones(chat_experiment):
     model = dataclasses.replace(chat_experiment.model, vocab_size=257)
     graphdef, params = nnx.split(LanguageModel(model, nnx.Rngs(0)))
     packed = prepare(chat_experiment.data, BYTES, "validation")
-    chat = ChatFormat("plain", BYTES)
+    chat = chat_format("plain", BYTES)
     alone = [
         next(RowPacker(iter([chat.encode(each)._asdict()]), 64, whole=True))
         for each in conversations(chat_experiment.data, "validation")
@@ -352,7 +353,7 @@ def test_training_resumes_exactly_and_evaluation_is_of_responses(chat_experiment
     held = list(conversations(experiment.data, "validation"))
     assert score.tokens == sum(len(each[1].content.encode()) + 1 for each in held)
     # of each response by itself, without packing
-    chat, model, total = ChatFormat("plain", BYTES), b.model(), 0.0
+    chat, model, total = chat_format("plain", BYTES), b.model(), 0.0
     tokens, weights = np.zeros((len(held), 64), np.int32), np.zeros((len(held), 64), np.float32)
     for row, each in enumerate(held):
         encoded = chat.encode(each)

@@ -10,7 +10,7 @@ import pytest
 from phyla.models.errors import UserError
 from phyla.training import protocols
 from phyla.training.data.arithmetic import INSTRUCTIONS, Protocol, problems
-from phyla.training.data.conversations import ChatFormat
+from phyla.training.data.chat import chat_format
 from phyla.training.data.tokenizers import ByteTokenizer, encode_prompt
 from phyla.training.generate import generate
 from phyla.training.protocols import (
@@ -72,7 +72,7 @@ def test_examples_come_before_the_problem():
     assert text.index(first.thought) < text.index(second.thought) < text.index(problem.question)
     assert text.endswith("Think step by step.\nAnswer:\n")
     assert problem.thought not in text
-    tokens = make_prompt(problem, [first], "pal", BYTES, ChatFormat("plain", BYTES))
+    tokens = make_prompt(problem, [first], "pal", BYTES, chat_format("plain", BYTES))
     ask = "User:\n{}\nWrite a Python program.\n\nAssistant:\n"
     shown = (ask.format(first.question) + first.program).encode()
     expected = [256, *shown, 256, *ask.format(problem.question).encode()]

@@ -37,7 +37,8 @@ class DataConfig:
     """The field of a JSON line, or the column of a dataset, that holds the text."""
 
     template: Literal["auto", "chatml", "llama3", "plain"] | None = None
-    """The records are conversations, written in this way; auto: in the tokenizer's. None: they are texts."""
+    """The records are conversations, written in this way; auto: by the tokenizer's own template, or by the first of
+    these whose markers it has. None: they are texts."""
 
     streaming: bool = False
     """Read the training documents as they are needed, for text that does not fit in memory."""

@@ -22,8 +22,9 @@ import numpy as np
 from grain.experimental import WindowShuffleIterDataset
 
 from phyla.models.errors import UserError
+from phyla.training.data.chat import chat_format, fit
 from phyla.training.data.config import DataConfig
-from phyla.training.data.conversations import ChatFormat, Conversation, fit, response_bytes
+from phyla.training.data.conversations import Conversation, response_bytes
 from phyla.training.data.sources import Position, Split, conversations, documents, stream
 from phyla.training.data.tokenizers import Tokenizer, as_document, encode_document
 
@@ -116,7 +117,7 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, split: Split, max_tokens: 
 
 
 def _prepare_conversations(config: DataConfig, tokenizer: Tokenizer, split: Split, max_tokens: int | None) -> Packed:
-    chat, length = ChatFormat(config.template or "plain", tokenizer), config.sequence_length + 1
+    chat, length = chat_format(config.template or "plain", tokenizer), config.sequence_length + 1
     fitting, num_tokens, num_bytes, read, cut = [], 0, 0, 0, 0
     for conversation in conversations(config, split):
         encoded = chat.encode(conversation)
@@ -311,7 +312,7 @@ class _RowStreamIterator(grain.DatasetIterator[Batch]):
 def _encoder(config: DataConfig, tokenizer: Tokenizer) -> Callable[[Any], Document | None]:
     """Return what encodes one document of a stream; None is one to leave out."""
     if config.template is not None:
-        chat = ChatFormat(config.template, tokenizer)
+        chat = chat_format(config.template, tokenizer)
 
         def encode_conversation(conversation: Conversation) -> Document | None:
             fitted = fit(chat.encode(conversation), config.sequence_length + 1)

@@ -5,6 +5,7 @@ prompt has the `bos_id` only. `encode` never adds a special token, and never rea
 "<|endoftext|>" in a document is ordinary characters.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ import tokenizers
 from phyla.models.errors import UserError
 from phyla.training.data.config import DataConfig
 from phyla.training.data.sources import documents
+from phyla.training.data.templates import CONFIG_FILE, ChatTemplate, find_template
 
 SEPARATOR = "<|endoftext|>"
 BPE_TRAINING_CHARACTERS = 100_000_000
@@ -47,6 +49,11 @@ class Tokenizer(Protocol):
     @property
     def eos_id(self) -> int:
         """The id behind every document, at which generation stops; where there is one separator it is `bos_id`."""
+        ...
+
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        """How it writes conversations; None: it does not say."""
         ...
 
     @property
@@ -90,6 +97,7 @@ class ByteTokenizer:
     bos_id = 256
     eos_id = 256
     mask_id = 257  # beyond the vocabulary
+    chat_template = None
 
     def special_id(self, name: str) -> int | None:
         """Return None: the separator has no name."""
@@ -134,27 +142,41 @@ class HuggingFaceTokenizer:
     are switched off.
     """
 
-    def __init__(self, core: tokenizers.Tokenizer, bos_id: int, eos_id: int):
+    def __init__(self, core: tokenizers.Tokenizer, bos_id: int, eos_id: int, chat_template: ChatTemplate | None = None):
         core.no_truncation()
         core.no_padding()
         core.encode_special_tokens = True  # the name of a special token in a text is plain characters
         self._core = core
         self.bos_id = bos_id
         self.eos_id = eos_id
+        self.chat_template = chat_template
         masks = (core.token_to_id(name) for name in _MASK_NAMES)
         self.mask_id = next((i for i in masks if i is not None), core.get_vocab_size())
         self.vocab_size = max(core.get_vocab(with_added_tokens=True).values()) + 1
         byte_level = isinstance(core.decoder, tokenizers.decoders.ByteLevel)
         self._bytes_V = _byte_lengths(core, self.vocab_size) if byte_level else None
-        self._special = {token.content: i for i, token in core.get_added_tokens_decoder().items() if token.special}
+        self.special = {token.content: i for i, token in core.get_added_tokens_decoder().items() if token.special}
 
     def special_id(self, name: str) -> int | None:
         """Return the id of the special token of that name; None if there is none."""
-        return self._special.get(name)
+        return self.special.get(name)
 
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of a text, int32 [L], without any special token."""
         return np.asarray(self._core.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def encode_written(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids of what a chat template wrote, in which the names of special tokens are those tokens.
+
+        Returns:
+            int32 [L], and where in the text each begins and ends, integers [L, 2].
+        """
+        found = self._reads_special.encode(text, add_special_tokens=False)
+        return np.asarray(found.ids, np.int32), np.asarray(found.offsets, np.int64).reshape(-1, 2)
+
+    @functools.cached_property
+    def _reads_special(self) -> tokenizers.Tokenizer:
+        return tokenizers.Tokenizer.from_str(self._core.to_str())
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return `encode` of each text (the library works on several threads)."""
@@ -180,9 +202,11 @@ class HuggingFaceTokenizer:
         return self._core.to_str()
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json and the fingerprint."""
+        """Write tokenizer.json, the fingerprint and, in a tokenizer_config.json, the chat template."""
         _write_fingerprint(folder, self.fingerprint())
         Path(folder, TOKENIZER_FILE).write_text(self.to_json(), encoding="utf-8")
+        if self.chat_template is not None:
+            _write_json(Path(folder, CONFIG_FILE), self.chat_template.to_config())
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> np.ndarray:
@@ -212,7 +236,7 @@ def make_tokenizer(config: DataConfig) -> Tokenizer:
         return train_bpe(documents(config, "train"), int(config.tokenizer.removeprefix("bpe:")))
     path = Path(config.tokenizer)
     core = _read_core(path, "data.tokenizer")
-    return HuggingFaceTokenizer(core, *document_tokens(core, path))
+    return HuggingFaceTokenizer(core, *document_tokens(core, path), find_template(path.parent))
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
@@ -250,7 +274,7 @@ def document_tokens(core: tokenizers.Tokenizer, path: Path) -> tuple[int, int]:
             f"data.tokenizer: {path} puts {len(before)} tokens in front of a text and {len(after)} behind it; "
             "one of each at most is supported"
         )
-    side = path.with_name("tokenizer_config.json")
+    side = path.with_name(CONFIG_FILE)
     config = json.loads(side.read_text(encoding="utf-8")) if side.exists() else {}
     special = {token.content: i for i, token in core.get_added_tokens_decoder().items() if token.special}
 
@@ -293,7 +317,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         found: Tokenizer = ByteTokenizer()
     else:
         core = _read_core(Path(folder, TOKENIZER_FILE), str(folder))
-        found = HuggingFaceTokenizer(core, expected["bos"], expected["eos"])
+        found = HuggingFaceTokenizer(core, expected["bos"], expected["eos"], find_template(Path(folder)))
     check_match(expected, found.fingerprint())
     return found
 
@@ -323,7 +347,11 @@ def _fingerprint(kind: str, content: str, tokenizer: Tokenizer) -> dict[str, Any
 
 def _write_fingerprint(folder: str | Path, fingerprint: dict[str, Any]) -> None:
     Path(folder).mkdir(parents=True, exist_ok=True)
-    Path(folder, FINGERPRINT_FILE).write_text(json.dumps(fingerprint, indent=2) + "\n", encoding="utf-8")
+    _write_json(Path(folder, FINGERPRINT_FILE), fingerprint)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _read_core(path: Path, place: str) -> tokenizers.Tokenizer:
