@@ -33,12 +33,11 @@ from phyla.training.config import (
 from phyla.training.convert import import_model
 from phyla.training.data.config import DataConfig
 from phyla.training.data.pipeline import prepare
-from phyla.training.data.sources import documents
 from phyla.training.divergence import divergences
 from phyla.training.generate import generate_run
 from phyla.training.loop import train
 from phyla.training.objectives import next_tokens
-from phyla.training.saved import Saved, load
+from phyla.training.saved import load
 
 pytestmark = pytest.mark.slow
 
@@ -83,28 +82,17 @@ def costs(smollm2: Path) -> Costs:
         return found[0]
 
     def of(*names: str, tokens: int = 1_024) -> dict[str, float]:
-        models = [compress(model, parse(name), calibrate)[-1].model for name in names]
-        return measured(saved, ["SmolLM2-135M", *names], [model, *models], tokens)
+        models = [model, *(compress(model, parse(name), calibrate)[-1].model for name in names)]
+        held = prepare(saved.experiment.data, saved.tokenizer, "validation", tokens)
+        rows = divergences(models, next_tokens, held, batch_size=2, chunk=256, mesh=saved.mesh)
+        changes = [row.bits_per_byte / rows[0].bits_per_byte - 1 for row in rows]
+        print()
+        for name, change, row in zip(("SmolLM2-135M", *names), changes, rows, strict=True):
+            figures = f"{row.bits_per_byte:.4f} bits per byte {change:+9.3%}, KL {row.kl:.5f}, {row.agreement:.1%}"
+            print(f"{name:14} {figures}")
+        return dict(zip(names, changes[1:], strict=True))
 
     return of
-
-
-def measured(
-    saved: Saved, names: list[str], models: list[LanguageModel], tokens: int, call: int | None = None
-) -> dict[str, float]:
-    """What each costs, compared with the first; `call` as in `divergences`."""
-    data = (
-        saved.experiment.data
-        if call is None
-        else dataclasses.replace(saved.experiment.data, sequence_length=tokens // 2)
-    )
-    held = prepare(data, saved.tokenizer, "validation", tokens)
-    rows = divergences(models, next_tokens, held, batch_size=2, chunk=256, mesh=saved.mesh, call=call)
-    found = {name: row.bits_per_byte / rows[0].bits_per_byte - 1 for name, row in zip(names, rows, strict=True)}
-    print()
-    for (name, change), row in zip(found.items(), rows, strict=True):
-        print(f"{name:16} {row.bits_per_byte:.4f} bits per byte {change:+9.3%}, KL {row.kl:.5f}, {row.agreement:.1%}")
-    return found
 
 
 def test_smollm2_is_rounded(costs):
@@ -127,20 +115,6 @@ def test_smollm2_is_pruned(costs):
     groups = costs("magnitude-2:4", "wanda-2:4", "sparsegpt-2:4")
     assert groups["sparsegpt-2:4"] < 0.97 * groups["wanda-2:4"]
     assert groups["wanda-2:4"] < 0.5 * groups["magnitude-2:4"]
-
-
-def test_smollm2_is_factorised(costs):
-    """Half of what its attention has."""
-    found = costs("svd-0.5@mixer", "asvd-0.5@mixer")
-    assert found["asvd-0.5@mixer"] < 0.8 * found["svd-0.5@mixer"]
-
-
-def test_smollm2_remembers_in_8_bits(smollm2):
-    """Keys and values, one token a call."""
-    saved = load(smollm2)
-    made = compress(saved.model(), parse("state-int8"))[-1].model
-    found = measured(saved, ["SmolLM2-135M", "state-int8"], [saved.model(), made], tokens=256, call=1)
-    assert abs(found["state-int8"]) < 0.005
 
 
 def students(
@@ -180,7 +154,7 @@ def students(
     found["copied"] = made("copied", named["mamba-in-llama"], steps)
     made("mixing", named["mohawk-mixing"], stages[0], MIXERS_ALONE)
     made("blocks", named["mohawk-blocks"], stages[1], base=folders[-1])
-    found["staged"] = made("staged", named["mohawk-logits"], stages[2], "thaw", folders[-1])
+    found["staged"] = made("staged", named["logits"], stages[2], "thaw", folders[-1])
     for folder in folders:
         shutil.rmtree(folder)
     return found
@@ -198,33 +172,20 @@ def hybrid_of(teacher: Path, pattern: str) -> ModelConfig:
 
 @pytest.mark.skipif(not STORIES.exists(), reason="needs stories260K beside the repository")
 def test_stories_are_told_by_a_hybrid_that_began_in_stages(tmp_path):
-    """stories260K into four layers of Mamba-2 around one of attention, on stories that it tells itself."""
+    """Four layers of Mamba-2 around one of attention, on stories that stories260K tells (docs/distillation.md)."""
     teacher = tmp_path / "teacher"
     import_model(STORIES, teacher)
-    for name, copies, seed in (("train", 96, 0), ("held", 16, 1)):
+    for name, copies, seed in (("train", 384, 0), ("held", 48, 1)):
         sampling = {"temperature": 1.0, "top_k": None, "top_p": None, "min_p": None, "seed": seed, "stop": []}
         told = tmp_path / f"{name}.jsonl"
-        generate_run(teacher, ["Once upon a time"] * copies, max_tokens=150, json=None, text_file=told, **sampling)
+        generate_run(teacher, ["Once upon a time"] * copies, max_tokens=200, json=None, text_file=told, **sampling)
     data = dataclasses.replace(
         run.read_experiment(teacher).data,
         source=str(tmp_path / "train.jsonl"),
         validation=str(tmp_path / "held.jsonl"),
         sequence_length=128,
     )
-    found = students(teacher, hybrid_of(teacher, "mmamm"), data, (12, 12, 24), rows=8, rate=2e-3)
-    assert found["staged"] < 0.95 * found["copied"]
-    assert found["copied"] < 0.9 * found["logits"]
-    assert found["logits"] < found["hard"]
-
-
-def test_smollm2_becomes_a_hybrid(smollm2, tmp_path):
-    """Two layers of Mamba-2 for each of attention, on a few pages of Austen."""
-    data = run.read_experiment(smollm2).data
-    files = {"train": tmp_path / "train.txt", "validation": tmp_path / "validation.txt"}
-    for (split, path), size in zip(files.items(), (40_000, 2_000), strict=True):
-        path.write_text(documents(DataConfig(), split)[0][:size])
-    data = dataclasses.replace(
-        data, source=str(files["train"]), validation=str(files["validation"]), sequence_length=128
-    )
-    found = students(smollm2, hybrid_of(smollm2, "mma"), data, (4, 4, 8), rows=1, rate=1e-3)
-    assert found["staged"] < found["copied"] < found["logits"]
+    found = students(teacher, hybrid_of(teacher, "mmamm"), data, (50, 50, 100), rows=16, rate=2e-3)
+    assert found["staged"] < 0.97 * found["copied"]
+    assert found["copied"] < 0.8 * found["logits"]
+    assert found["logits"] < 0.98 * found["hard"]
