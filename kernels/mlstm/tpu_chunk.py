@@ -26,8 +26,8 @@ TO_END: of what the token writes at the chunk's end. LEAST: exp(-m), the least n
 """
 
 
-HEADS = 512
-"""Lanes of the heads of a block."""
+HEADS, HEADS_BACKWARD = 2048, 512
+"""Lanes of the heads of a block, at most: the more take turns, the less they wait for products."""
 
 
 def check_fits(L, K, V, dtype) -> None:
@@ -45,9 +45,10 @@ def _vmem(L, K, V, itemsize, heads=1):
     return blocks + 4 * heads * (8 * L * L + 4 * L * (K + V) + 2 * K * V)
 
 
-def heads_at_once(H, K, V):
+def heads_at_once(H, L, K, V, itemsize, lanes):
     """In one block: while one waits for its products, others work."""
-    return max(R for R in range(1, max(1, HEADS // max(K, V)) + 1) if H % R == 0)
+    most = max(1, lanes // max(K, V))
+    return max(R for R in range(1, most + 1) if H % R == 0 and (R == 1 or _vmem(L, K, V, itemsize, R) <= VMEM))
 
 
 class Call:
@@ -63,7 +64,7 @@ class Call:
         N, rows, L = gates.shape[2:]
         K, V = up(K, LANES), up(v.shape[-1], LANES)
         self.sizes = B, N, H, L, K, V
-        self.heads = R = heads_at_once(H, K, V)
+        self.heads = R = heads_at_once(H, L, K, V, q.dtype.itemsize, HEADS_BACKWARD if reverse else HEADS)
         self.blocks = {  # shape, dtype, block; then the place of the chunk in the index, and that of the head
             "k": ((B, N * L, H * K), q.dtype, (1, L, R * K), "bch"),
             "v": ((B, N * L, H * V), q.dtype, (1, L, R * V), "bch"),

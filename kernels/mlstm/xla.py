@@ -2,8 +2,9 @@
 
 Both gates come down to one causal linear attention in which the decay and the weight of what is written are one number
 a head and token, exponentials of something <= 0; the normaliser is one more column of v, all ones. Inside a chunk it
-is two matrix products with a matrix of decays between them, for all chunks at once; only the memories at the starts of
-the chunks are found one after another. These and the inputs are kept for the backward pass.
+is two matrix products with a matrix of decays between them. Forwards, one chunk after another is read where it lies and
+stays in the cache: on a CPU the products take little more than moving what is between them. Kept for the backward pass,
+which does all chunks at once, are the inputs and the memories at the starts of the chunks.
 
 Inside, arrays are (chunk, B, H, time, size): the chunk first, for the scan.
 """
@@ -62,17 +63,23 @@ def _attend(epsilon, q, k, v, log_i, log_f, m, memory, resets) -> tuple[jax.Arra
 
 def _forward(epsilon, q, k, v, log_i, log_f, m, memory, resets):
     log_weight, log_decay = stabilise(log_i, log_f, m)
-    q_, k_, v_ = _inputs(q, k, v, log_weight, m)
-    between, from_start, to_end = _decays(log_decay, resets)
+    L = min(CHUNK, q.shape[1])
+    tokens = q, k, v, log_weight, log_decay, m and m[1], resets
+    padded = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, -x.shape[1] % L), *((0, 0),) * (x.ndim - 2))), tokens)
 
-    def chunk(C, inputs):
-        decay, written = inputs
-        return _times(decay, C) + written, C
+    def chunk(C, n):
+        q, k, v, log_weight, log_decay, m, resets = jax.tree.map(
+            lambda x: jax.lax.dynamic_slice_in_dim(x, n * L, L, 1), padded
+        )
+        q_, k_, v_ = _inputs(q, k, v, log_weight, m)
+        between, from_start, to_end = _decays(log_decay, resets)
+        read, _ = _read(q_, k_, v_, C, between, from_start)
+        h = read if m is None else _normalise(read, m, epsilon)[0]
+        return _times(from_start[..., -1:, :], C) + _T(to_end * k_) @ v_, (_join(h, v).astype(v.dtype), C[0])
 
-    memory, starts = jax.lax.scan(chunk, memory, (from_start[..., -1:, :], _T(to_end * k_) @ v_))
-    read, _ = _read(q_, k_, v_, starts, between, from_start)
-    h = read if m is None else _normalise(read, m[1], epsilon)[0]
-    return (_join(h, v).astype(v.dtype), memory), (q, k, v, log_i, log_f, m, resets, starts, memory)
+    memory, (h, starts) = jax.lax.scan(chunk, memory[None], jnp.arange(padded[0].shape[1] // L))
+    h = jnp.moveaxis(h, 0, 1).reshape(*padded[2].shape)[:, : v.shape[1]]
+    return (h, memory[0]), (q, k, v, log_i, log_f, m, resets, starts, memory[0])
 
 
 def _backward(epsilon, saved, cotangents):

@@ -16,7 +16,7 @@ import numpy as np
 
 from phyla.kernels.wkv4.reference import EMPTY, add
 
-CHUNK = 32
+CHUNK = 16
 
 
 def wkv4_xla(k, v, w, u, initial_state, resets):

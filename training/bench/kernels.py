@@ -166,19 +166,25 @@ def clocked(names: Sequence[str], size: Size, limits: Limits, rounds: int, recor
     with Reporter() as reporter, reporter.task("time", len(names), "ops") as task:
         for done, name in enumerate(names):
             for direction in DIRECTIONS:
-                problem = PROBLEMS[name](size)
+                problem, brief = PROBLEMS[name](size), PROBLEMS[name](short)
                 fast = [each for each in (backend, "xla") if each in problem.implementations()]
                 # The reference takes a token at a time: a check for CPUs, a waste of others' time.
                 known = [*fast, "reference"] if backend == "cpu" and problem.in_time else fast
-                medians = clock(problem, direction, known, rounds)
-                brief = clock(PROBLEMS[name](short), direction, known, rounds) if "reference" in known else {}
+                medians = {"": clock(problem, direction, known, rounds)}
+                if "reference" in known:
+                    medians["_short"] = clock(brief, direction, known, rounds)
+                    if direction == "backward":  # alone it may do again what the reference has kept
+                        medians["_both"] = clock(problem, "both", known, rounds)
+                        medians["_both_short"] = clock(brief, "both", known, rounds)
                 for implementation in known:
                     job = Job(name, direction, implementation)
                     each = rows.setdefault(job, row(problem, job, limits))
-                    each["measured"] = medians[implementation]
-                    if brief:
-                        each["times_faster"] = medians["reference"] / medians[implementation]
-                        each["times_faster_short"] = brief["reference"] / brief[implementation]
+                    each["measured"] = medians[""][implementation]
+                    if "reference" in known:
+                        each |= {
+                            f"times_faster{of}": took["reference"] / took[implementation]
+                            for of, took in medians.items()
+                        }
             record["rows"] = list(rows.values())
             run.write_json(path, record)
             task.update(done + 1, name)
@@ -320,21 +326,25 @@ def clocked_table(record: dict[str, Any]) -> Table:
         caption += (
             f" The bounds are those of a matmul peak of {record['limits']['matrix'] / 1e9:,.0f} GFLOP/s and a memory "
             f"bandwidth of {record['limits']['bandwidth'] / 1e9:,.1f} GB/s, both measured. ×: the time of the "
-            f"reference, a token at a time, over this; also at {SHORT} tokens."
+            f"reference, a token at a time, over this; also at {SHORT} tokens, and of both, forward and backward: "
+            "backward alone computes again what the reference has kept."
         )
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, caption=caption, caption_justify="left")
     table.add_column("", no_wrap=True)
     heads = ["MB", "Gop", "bound\nµs", "by", "\nµs", "\nof"]
-    heads = [*heads, "×", f"×\n{SHORT}"] if checked else ["", *heads, "estimate\nµs"]
+    heads = [*heads, "\n×", f"\n× {SHORT}", "both\n×", f"\n× {SHORT}"] if checked else ["", *heads, "estimate\nµs"]
     for head in heads:
         table.add_column(head, justify="right", vertical="bottom", no_wrap=True)
     slower = []
     for each in record["rows"]:
         if "measured" not in each or each["implementation"] == "reference":
             continue
-        gained = [each[key] for key in ("times_faster", "times_faster_short") if key in each]
-        if min(gained, default=1) < 1:
-            slower.append(f"{each['problem']} {each['direction']}")
+        gained = [each.get(f"times_faster{of}") for of in ("", "_short", "_both", "_both_short")]
+        slower += [
+            f"{each['problem']} {which}"
+            for which, ratios in ((each["direction"], gained[:2]), ("both", gained[2:]))
+            if min((ratio for ratio in ratios if ratio), default=1) < 1
+        ]
         table.add_row(
             _title(each["problem"], each["direction"]),
             *([] if checked else [each["implementation"]]),
@@ -344,7 +354,7 @@ def clocked_table(record: dict[str, Any]) -> Table:
             each["by"],
             _micro(each["measured"]),
             f"{each['bound'] / each['measured']:.0%}",
-            *(([f"{ratio:.1f}" for ratio in gained] or ["–", "–"]) if checked else [_micro(each.get("seconds"))]),
+            *([f"{ratio:.2f}" if ratio else "–" for ratio in gained] if checked else [_micro(each.get("seconds"))]),
         )
     if checked:
         verdict = f"Slower than the reference: {', '.join(slower)}." if slower else "None is slower than the reference."
