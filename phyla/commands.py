@@ -225,6 +225,8 @@ class Compress:
     """The text that methods read which need one, as `--data.source`; None: what the run was trained on."""
     tokens: int | None = None
     """How much of it at most; None: 65,536."""
+    validation_tokens: int | None = None
+    """How much of the validation text tells what it cost, at most; None: all."""
     speed: bool = True
     """Time prefill and decoding, before and after."""
     list: bool = False
@@ -260,7 +262,13 @@ def compress(arguments: Sequence[str]) -> None:
     given = {name: value for name, value in given.items() if value is not None}
     calibration = Calibration(**given) if given else None
     record = compress_run(
-        options.run, chosen, options.out, calibration=calibration, speed=options.speed, json=options.json
+        options.run,
+        chosen,
+        options.out,
+        calibration=calibration,
+        speed=options.speed,
+        validation_tokens=options.validation_tokens,
+        json=options.json,
     )
     show(options.out, record)
 

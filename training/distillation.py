@@ -239,6 +239,8 @@ def weighed(
 ) -> Loss:
     """The loss of terms with their weights, and of the right tokens' cross-entropy, [B, T]."""
     weight, hard = jnp.sum(asked.weights), jnp.sum(right * asked.weights)
+    if not config.hard:
+        hard = jax.lax.stop_gradient(hard)  # it is reported alone: else zeros would be led back through the student
     penalty, metrics = auxiliary_losses(model.config, student.routing)
     penalty = penalty * weight + sum(factor * term for factor, term in terms.values())
     if config.hard != 1:

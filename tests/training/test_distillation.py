@@ -190,6 +190,25 @@ def test_the_terms_are_what_they_say(batch):
     np.testing.assert_allclose(loss.total + loss.penalty, minimised, rtol=1e-5)
 
 
+def test_what_is_only_reported_is_not_led_back(batch):
+    """The right tokens' cross-entropy of a stage that does not minimise it costs no gradient: fewer operations."""
+
+    def operations(hard: float) -> float:
+        student = model_of()
+        objective = distillation(student, model_of(1), soft=0.0, hard=hard, blocks=1.0)
+        graphdef, params = nnx.split(student)
+
+        def minimised(params):
+            loss = objective(nnx.merge(graphdef, params), batch, jax.random.key(0))
+            return loss.total + loss.penalty
+
+        costs = jax.jit(jax.grad(minimised)).lower(params).cost_analysis()
+        assert costs is not None
+        return costs["flops"]
+
+    assert operations(0.0) < 0.8 * operations(0.5)
+
+
 def test_a_teacher_that_is_the_student_leaves_nothing_to_learn(batch):
     student = model_of()
     objective = distillation(student, model_of(), hard=0.0, soft=1.0, hidden=1.0, blocks=1.0, cosine=1.0)
