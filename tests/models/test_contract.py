@@ -311,7 +311,7 @@ def held_out() -> tuple[str, float]:
 
 
 @pytest.mark.usefixtures("optimised")
-def test_300_steps_on_the_embedded_corpus_beat_the_2_gram_model(architecture, tmp_path):
+def test_300_steps_on_the_embedded_corpus_beat_the_2_gram_model(architecture, tmp_path, optimised):
     text, bits = held_out()
     (tmp_path / "validation.txt").write_text(text)
     experiment = Experiment(

@@ -126,7 +126,7 @@ def test_reparametrisation_is_the_network_of_the_paper(base):
     made = hidden @ own["outer.weight"] + own["outer.bias"]
     for i, (name, first) in enumerate(begin.items()):
         right = made[:, i * 32 : (i + 1) * 32].reshape(3, 2, 1, 2, 8)  # tokens, layers, batch, heads, of a head
-        np.testing.assert_allclose(model.beginning.value(name), first + np.moveaxis(right, 0, 2), atol=1e-5)
+        np.testing.assert_allclose(model.beginning.value(name), first + np.moveaxis(right, 0, 3), atol=1e-5)
 
 
 def test_adapters_are_switched_on_one_base(base, tmp_path):
