@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh
 
 from phyla.kernels import gpu
@@ -137,10 +138,15 @@ def mesh(target: str, devices: int = 1) -> Mesh:
 
 @contextlib.contextmanager
 def uncached() -> Iterator[None]:
-    """Around compilations for chips that are not here, whose programs the persistent cache can write but not read."""
+    """Around compilations for chips that are not here, whose programs the persistent cache can write but not read.
+
+    JAX asks once whether there is a cache, at the first compilation: it must ask again, inside and afterwards.
+    """
     before = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
     try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()
         yield
     finally:
         jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from phyla import configs
@@ -79,3 +80,28 @@ def test_a_training_step_compiles_for_four_chips(name):
     with targets.uncached():
         text = lower_step(experiment, mesh).as_text() or ""
     assert ("tpu_custom_call" in text) == (name != "transformer")
+
+
+def test_programs_for_other_chips_are_not_cached(tmp_path):
+    """Also where the cache was in use before, and it is again afterwards."""
+    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+
+    def use(folder, seconds):
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+        compilation_cache.reset_cache()
+
+    def cached():
+        return len([path for path in tmp_path.iterdir() if path.name.endswith("-cache")])
+
+    use(str(tmp_path), 0)
+    try:
+        jax.jit(lambda x: x + 1)(np.ones(3))
+        after_one = cached()
+        assert after_one
+        compile_for("v5e", lambda: (lambda x: x + 2, [jax.ShapeDtypeStruct((8, 128), np.float32)]))
+        assert cached() == after_one
+        jax.jit(lambda x: x + 3)(np.ones(3))
+        assert cached() > after_one
+    finally:
+        use(*before)
