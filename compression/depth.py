@@ -21,10 +21,11 @@ from phyla.compression.parts import Arrays
 from phyla.compression.rule import Applied, Method, Rule
 from phyla.compression.structure import AMOUNT, Shrink, check_dense, rebuilt
 from phyla.compression.units import Amount, Units
+from phyla.models.block import Block
 from phyla.models.config import ModelConfig
 from phyla.models.cursor import start
 from phyla.models.errors import UserError
-from phyla.models.language_model import Block, LanguageModel, ModelState
+from phyla.models.language_model import LanguageModel, ModelState
 from phyla.models.mixers.rwkv7 import RWKV7Config
 
 RANDOM = 4, 64

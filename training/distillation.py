@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from phyla.models.block import Block
 from phyla.models.config import ModelConfig
 from phyla.models.errors import UserError
-from phyla.models.language_model import Block, LanguageModel, Output
+from phyla.models.language_model import LanguageModel, Output
 from phyla.models.layers import Linear
 from phyla.models.moe import auxiliary_losses
 from phyla.models.weights import freeze

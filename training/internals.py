@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from phyla.models.block import Block
 from phyla.models.config import ModelConfig
 from phyla.models.errors import UserError, check_divides
-from phyla.models.language_model import Block, LanguageModel
+from phyla.models.language_model import LanguageModel
 from phyla.models.mixers.attention import Attention, AttentionConfig
 from phyla.training.config import DistillationConfig
 

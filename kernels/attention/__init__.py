@@ -56,7 +56,7 @@ def attention(
         window: see above; None: no bound.
         stride: also the keys at distances that it divides; None: no others.
         everywhere: so many tokens, the first of each document, are seen by all, and if not `causal` see all.
-        slopes: [N], of linear biases (Press et al. 2022), or None.
+        slopes: [N], of linear biases (Press et al. 2022), or None; constants, of which "xla" gives no gradient.
         implementation: "reference" (`jax.nn.dot_product_attention`, also what accelerators use), "xla" (blocks of
             queries, recomputed in the backward pass: what a CPU is fastest with; keeps q, k, v, the output and two
             numbers for each query and head), or None for the backend's best.

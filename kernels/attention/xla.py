@@ -78,12 +78,12 @@ def _backward(sight: Sight, residuals, dy_BxKxGxTxH):
         logits_BxKxGxTxS = _logits(sight, here, k[:, :, near], _part(queries, rows), _part(keys, near), slopes)
         dy, highest, total = (x[:, :, :, rows] for x in (dy_BxKxGxTxH, *of_rows))
         p_BxKxGxTxS = jnp.exp(logits_BxKxGxTxS - highest) * (1 / total)
-        mean = jnp.sum(dy * y[:, :, :, rows], -1, keepdims=True)  # of dp by p
+        mean_BxKxGxTx1 = jnp.sum(dy * y[:, :, :, rows], -1, keepdims=True)  # of dp, weighed by p
         dy = dy.astype(v.dtype)
         dp_BxKxGxTxS = _product("bkgth,bksh->bkgts", dy, v[:, :, near])
-        dlogits = (p_BxKxGxTxS * (dp_BxKxGxTxS - mean)).astype(q.dtype)
-        dqs.append(_product("bkgts,bksh->bkgth", dlogits, k[:, :, near]))
-        dk = dk.at[:, :, near].add(_product("bkgts,bkgth->bksh", dlogits, here))
+        dlogits_BxKxGxTxS = (p_BxKxGxTxS * (dp_BxKxGxTxS - mean_BxKxGxTx1)).astype(q.dtype)
+        dqs.append(_product("bkgts,bksh->bkgth", dlogits_BxKxGxTxS, k[:, :, near]))
+        dk = dk.at[:, :, near].add(_product("bkgts,bkgth->bksh", dlogits_BxKxGxTxS, here))
         dv = dv.at[:, :, near].add(_product("bkgts,bkgth->bksh", p_BxKxGxTxS.astype(v.dtype), dy))
     dq = jnp.concatenate(dqs, 3) if len(dqs) > 1 else dqs[0]
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, None

@@ -4,9 +4,9 @@ The chain of trust: a numpy function runs one document in float64 or complex128 
 float64 has its outputs and, by complex steps, its gradients -> every implementation in float32 or bfloat16.
 
 Kernels for other chips are interpreted here, which also finds races, reads of uninitialised memory (they are NaN) and
-reads out of bounds, and is slow: the quick set has some of their cases of numbers and packing, and decoding of the ways
-of calling. Races on TPUs are looked for in the tests of numbers, float32 and bfloat16: the others call the same
-kernels, up to three times faster without.
+reads out of bounds, and is slow: the quick set has some of their cases of numbers and packing, and of the ways of
+calling decoding alone (and one kernel in all). Races on TPUs are looked for in the tests of numbers, float32 and
+bfloat16: the others call the same kernels, up to three times faster without.
 """
 
 import contextlib
@@ -35,17 +35,22 @@ COMPILED = [pair for pair in PAIRS if pair[1] not in BACKENDS]
 INTERPRETED = [pair for pair in PAIRS if pair[1] in BACKENDS]
 
 
+QUICK_ANYWAY = ("mlstm", "tpu")
+"""The kernel that the quick set calls in every way: they are wrapped alike (`phyla.kernels.partition`)."""
+
+
 def _slow_on(backends, pairs):
-    marked = [pytest.param(*pair, marks=pytest.mark.slow if pair[1] in backends else ()) for pair in pairs]
+    slow = [pair[1] in backends and pair != QUICK_ANYWAY for pair in pairs]
+    marked = [pytest.param(*pair, marks=pytest.mark.slow if s else ()) for pair, s in zip(pairs, slow, strict=True)]
     return pytest.mark.parametrize(("name", "implementation"), marked)
 
 
 every_implementation_quickly = pytest.mark.parametrize(("name", "implementation"), PAIRS)
 every_implementation = _slow_on(BACKENDS, PAIRS)
-every_compiled_implementation = _slow_on((), COMPILED)
+every_compiled_implementation = pytest.mark.parametrize(("name", "implementation"), COMPILED)
 # The interpreter of GPU kernels calls back for every access: two calls of each op are in the quick set.
 every_interpreted_implementation = _slow_on({"gpu"}, INTERPRETED)
-every_fast_implementation = _slow_on(BACKENDS, (pair for pair in PAIRS if pair[1] != "reference"))
+every_fast_implementation = _slow_on(BACKENDS, [pair for pair in PAIRS if pair[1] != "reference"])
 
 
 class Case(NamedTuple):
@@ -222,7 +227,7 @@ def test_bfloat16(name, implementation):
 def _each_split():
     for name, implementation in PAIRS:
         if implementation != "reference":
-            marks = pytest.mark.slow if implementation in BACKENDS else ()
+            marks = pytest.mark.slow if implementation in BACKENDS and (name, implementation) != QUICK_ANYWAY else ()
             yield pytest.param(name, implementation, 20, marks=marks)
             yield pytest.param(name, implementation, 1, marks=marks)
 

@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import pytest
 
@@ -24,19 +23,11 @@ from phyla.training.divergence import divergences
 from phyla.training.objectives import next_tokens
 from phyla.training.saved import load
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimised")]
 
 READ = 2_048
 """Tokens of Austen's novels that methods read; losses are of the first tokens of Persuasion."""
 Costs = Callable[..., dict[str, float]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def optimised_throughout() -> Iterator[None]:
-    """The compiler as users have it."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="module")

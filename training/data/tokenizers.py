@@ -52,11 +52,6 @@ class Tokenizer(Protocol):
         ...
 
     @property
-    def chat_template(self) -> ChatTemplate | None:
-        """How it writes conversations; None: it does not say."""
-        ...
-
-    @property
     def mask_id(self) -> int:
         """The id that hides a token in masked-token training; `vocab_size` where the tokenizer has none of its own."""
         ...
@@ -97,7 +92,6 @@ class ByteTokenizer:
     bos_id = 256
     eos_id = 256
     mask_id = 257  # beyond the vocabulary
-    chat_template = None
 
     def special_id(self, name: str) -> int | None:
         """Return None: the separator has no name."""
