@@ -14,10 +14,11 @@ Each piece is made once: an interrupted comparison continues where it was.
 import dataclasses
 import datetime
 import importlib.metadata
+import itertools
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from json import dumps, loads
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ import jax
 from rich.console import Console
 
 from phyla.compression.compress import abstract
-from phyla.compression.recipes import parse
+from phyla.compression.recipes import Rule, parse
 from phyla.models import sizes
 from phyla.models.errors import UserError, choose
 from phyla.training import run, sharding
@@ -89,12 +90,10 @@ def compare(
     recipes = {name: parse(name) for name in compress}
     experiments = _equal(experiments, parameters)
     _check_beside(beside, experiments)
-    for experiment in experiments:
-        for each in recipes.values():
-            abstract(experiment.model, each)  # which refuses what changes nothing, before anything is trained
     asked = {"parameters": parameters, "seeds": seeds, "tokens": tokens, "budget_minutes": budget_minutes}
     path = out / "plan.json"
     with Reporter() as reporter:
+        _check_recipes(recipes, experiments, reporter)
         if path.exists():
             plan = _read_plan(out)
             _check_same(plan, experiments, asked, out)
@@ -340,6 +339,23 @@ def _beside(folder: Path, experiments: Sequence[Experiment], out: Path) -> None:
     rows = rows_beside(load(out / f"{name}-seed0"), load(folder), tokens)
     path.parent.mkdir(exist_ok=True)
     run.write_json(path, {"architecture": name, "run": str(folder), "rows": rows})
+
+
+def _check_recipes(
+    recipes: Mapping[str, Sequence[Rule]], experiments: Sequence[Experiment], reporter: Reporter
+) -> None:
+    """Refuses what changes nothing in one of the models."""
+    pairs = list(itertools.product(experiments, recipes.items()))
+    if not pairs:
+        return
+    with reporter.task("compare", len(pairs), "recipes checked") as task:
+        for i, (experiment, (name, recipe)) in enumerate(pairs):
+            task.update(i, f"{name}, {experiment.name}")
+            try:
+                abstract(experiment.model, recipe)
+            except UserError as error:
+                raise UserError(f"{experiment.name}: {error}") from None
+        task.update(len(pairs), "done")
 
 
 def _compress(experiment: Experiment, recipe: str, out: Path) -> None:

@@ -151,6 +151,7 @@ def test_a_budget_in_minutes_becomes_tokens(experiments, tmp_path, monkeypatch):
         ({"tokens": 10, "budget_minutes": 1.0}, "exclude each other"),
         ({"budget_minutes": 0.0}, "--budget-minutes must be positive"),
         ({"parameters": 10}, "no model.width"),
+        ({"compress": ("int8", "prune-neurons-25%")}, "^mamba: .*prune-neurons"),
     ],
 )
 def test_impossible_wishes_are_refused_before_anything_is_written(experiments, tmp_path, change, message):
