@@ -10,7 +10,7 @@ from phyla.compression import matrices
 from phyla.compression.calibrate import Moments, each
 from phyla.compression.rule import Applied, Method, Rule
 from phyla.models.language_model import LanguageModel
-from phyla.models.wrapped import Rotated, odd_factor
+from phyla.models.wrapped import Rotated, odd_factors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +29,8 @@ class Rotate(Rule):
             *stack, K, _ = place.value.shape
             if place.kind != "matrix":
                 left[place.name] = "heads and tables of the vocabulary are not rotated"
-            elif odd_factor(K) > Rotated.MOST_ODD:
-                left[place.name] = f"of {K} inputs, whose odd factor {odd_factor(K)} is more than {Rotated.MOST_ODD}"
+            elif (largest := max(odd_factors(K))) > Rotated.MOST_ODD:
+                left[place.name] = f"of {K} inputs, whose odd factor {largest} is more than {Rotated.MOST_ODD}"
             else:
                 signs = jax.random.rademacher(own_key, (*stack, K), jnp.int8)
                 body = place.value.replace(_turned(place.value[...], signs))

@@ -6,6 +6,7 @@ wrapped again. What it costs is f, for every input of every token.
 """
 
 import abc
+import math
 from typing import ClassVar
 
 import jax
@@ -85,12 +86,13 @@ class Rotated(Wrapped):
     """y = (x Q) body with body = Qᵀ W, for an orthogonal Q that spreads each input over all: an outlier is one no more.
 
     Q = diag(own) (C ⊗ H): random signs, int8 own [..., in], and for in = m 2^n with m odd a Hadamard matrix H of 2^n
-    (as n passes of sums and differences) and the orthonormal cosine transform C of m, both scaled to be orthogonal.
+    (as n passes of sums and differences) and the orthonormal cosine transform C of m, both scaled to be orthogonal. C
+    is the product ⊗ of the transforms of m's prime factors if m is more than `MOST_ODD`.
     QuaRot (Ashkboos et al. 2024, arXiv 2404.00456); for Mamba, Quamba (Chiang et al. 2024, arXiv 2410.13229).
     """
 
     MOST_ODD: ClassVar[int] = 64
-    """The largest m that is worth it: C is multiplied as a dense matrix."""
+    """The largest transform that is worth it: it is multiplied as a dense matrix."""
 
     @staticmethod
     def of_input(x: jax.Array, own: jax.Array) -> jax.Array:
@@ -107,20 +109,29 @@ class Rotated(Wrapped):
         return _mixed(materialize(self.body).T, back=True).T * self.own[...][:, None]
 
 
-def odd_factor(size: int) -> int:
-    """The number without its factors of two."""
-    return size // (size & -size)
+def odd_factors(size: int) -> tuple[int, ...]:
+    """Of what is odd of a number: itself if it is at most `Rotated.MOST_ODD`, else its prime factors."""
+    rest, factors, divisor = size // (size & -size), [], 3
+    if rest <= Rotated.MOST_ODD:
+        return (rest,)
+    while divisor**2 <= rest:
+        if rest % divisor:
+            divisor += 2
+        else:
+            factors, rest = [*factors, divisor], rest // divisor
+    return (*factors, rest)
 
 
 def _mixed(x: jax.Array, *, back: bool = False) -> jax.Array:
     """x (C ⊗ H), or by its transpose."""
-    odd = odd_factor(x.shape[-1])
-    x_NxMxP = x.reshape(-1, odd, x.shape[-1] // odd)
-    if odd > 1:
-        C = _cosines(odd)
-        precision = jax.lax.Precision.HIGHEST
-        x_NxMxP = jnp.einsum("nmp,ml->nlp", x_NxMxP, C.T if back else C, precision=precision)
-    return hadamard(x_NxMxP).reshape(x.shape)
+    odd = odd_factors(x.shape[-1])
+    mixed = x.reshape(-1, *odd, x.shape[-1] // math.prod(odd))
+    for axis, factor in enumerate(odd, 1):
+        if factor > 1:
+            C = _cosines(factor)
+            turned = jnp.tensordot(mixed, C.T if back else C, (axis, 0), precision=jax.lax.Precision.HIGHEST)
+            mixed = jnp.moveaxis(turned, -1, axis)
+    return hadamard(mixed).reshape(x.shape)
 
 
 def hadamard(x: jax.Array) -> jax.Array:

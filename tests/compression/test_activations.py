@@ -172,16 +172,19 @@ def test_awq_is_the_search_of_the_paper(group):
     assert loss(found) < 0.8 * loss(int4(w, width))
 
 
-@pytest.mark.parametrize("K", [32, 24, 7])
-def test_a_rotation_is_orthogonal_and_spreads(K):
+@pytest.mark.parametrize(("K", "odd"), [(32, ()), (24, (3,)), (7, (7,)), (90, (45,)), (290, (5, 29))])
+def test_a_rotation_is_orthogonal_and_spreads(K, odd):
     """Against the matrices of scipy."""
     signs = np.random.default_rng(0).choice([-1, 1], K).astype(np.int8)
     Q = np.asarray(turn(jnp.eye(K), signs), np.float64)
     two = K & -K
-    expected = signs[:, None] * np.kron(dct(np.eye(K // two), axis=0, norm="ortho"), hadamard(two) / np.sqrt(two))
+    cosines = np.eye(1)
+    for factor in odd:
+        cosines = np.kron(cosines, np.array(dct(np.eye(factor), axis=0, norm="ortho"), np.float64))
+    expected = signs[:, None] * np.kron(cosines, hadamard(two) / np.sqrt(two))
     np.testing.assert_allclose(Q, expected, atol=1e-6)
     np.testing.assert_allclose(Q @ Q.T, np.eye(K), atol=1e-6)
-    assert np.abs(Q).max() <= np.sqrt(2 / K) * 1.001
+    assert np.abs(Q).max() <= np.sqrt(2 ** len(odd) / K) * 1.001
     x, w = inputs(K), np.random.default_rng(1).standard_normal((K, 6))
     turned = made("rotate", w, x)
     assert isinstance(turned, Rotated)

@@ -53,7 +53,7 @@ from phyla.training.saved import load
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimised")]
 
 STORIES = Path(__file__).parents[3] / "shared" / "data" / "stories260K" / "stories260K.bin"
-READ = 2_048
+READ = 16_384
 """Tokens of Austen's novels that methods read; losses are of the first tokens of Persuasion."""
 Costs = Callable[..., dict[str, float]]
 
@@ -164,7 +164,7 @@ def measured(names: Sequence[str], rows: Sequence[Divergence]) -> dict[str, floa
 
 
 def test_smollm2_is_rounded(costs):
-    """8 bits cost nothing; of 4 GPTQ takes something back; NF4 beats integers in blocks of 64; 2 are the end."""
+    """8 bits cost nothing; of 4 GPTQ takes a quarter back; NF4 beats integers in blocks of 64; 2 are the end."""
     found = costs("int8", "int4", "gptq-int4", "nf4", "int4-g64", "int2", tokens=2_048)
     assert abs(found["int8"]) < 0.002
     assert found["gptq-int4"] < 0.85 * found["int4"]
@@ -174,14 +174,12 @@ def test_smollm2_is_rounded(costs):
 
 
 def test_smollm2_is_pruned(costs):
-    """Half of all weights, and two of every four.
-
-    So few tokens say little of products of 1,536 inputs: SparseGPT, which trusts them, is not yet ahead at 50 %.
-    """
+    """Half of all weights, and two of every four."""
     half = costs("magnitude-50%", "wanda-50%", "sparsegpt-50%")
-    assert max(half["wanda-50%"], half["sparsegpt-50%"]) < 0.5 * half["magnitude-50%"]
+    assert half["sparsegpt-50%"] < 0.95 * half["wanda-50%"]
+    assert half["wanda-50%"] < 0.5 * half["magnitude-50%"]
     groups = costs("magnitude-2:4", "wanda-2:4", "sparsegpt-2:4")
-    assert groups["sparsegpt-2:4"] < 0.97 * groups["wanda-2:4"]
+    assert groups["sparsegpt-2:4"] < 0.9 * groups["wanda-2:4"]
     assert groups["wanda-2:4"] < 0.5 * groups["magnitude-2:4"]
 
 
@@ -278,11 +276,15 @@ def test_stories_are_told_by_a_hybrid_that_began_in_stages(tmp_path):
 
 
 def test_smollm2_becomes_a_hybrid(smollm2, tmp_path):
-    """Two layers of Mamba-2 for each of attention, on a few pages of Austen."""
+    """Two layers of Mamba-2 for each of attention, on a few pages of Austen: 16 steps of 128 tokens.
+
+    Copied embeddings and feed-forward layers alone are no gain after so few.
+    """
     data = run.read_experiment(smollm2).data
     text, held = tmp_path / "train.txt", tmp_path / "validation.txt"
     text.write_text(next(iter(documents(DataConfig(), "train")))[:40_000])
     held.write_text(next(iter(documents(DataConfig(), "validation")))[:2_000])
     data = dataclasses.replace(data, source=str(text), validation=str(held), sequence_length=128)
     found = students(smollm2, hybrid_of(smollm2, "mma"), data, (4, 4, 8), rows=1, rate=1e-3)
-    assert found["staged"] < found["copied"] < found["logits"]
+    assert found["staged"] < min(found["copied"], found["logits"])
+    assert found["logits"] < found["hard"]
