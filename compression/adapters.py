@@ -5,6 +5,7 @@ tables `@REGEX` finds in a path, dense or of few bits. What they learn begins su
 change.
 """
 
+import abc
 import dataclasses
 import difflib
 import re
@@ -95,9 +96,9 @@ class Adapt(Rule):
         """Why a target that it is for stays as it is; empty: it does not."""
         return ""
 
+    @abc.abstractmethod
     def wrap(self, target: Target, key: jax.Array) -> Adapter:
         """What stands in its place."""
-        raise NotImplementedError
 
     def apply(self, model: LanguageModel, chosen: list[matrices.Place], moments: Moments, key: jax.Array) -> Applied:
         """See `Rule.apply`. Raises UserError if `only` finds nothing."""

@@ -97,7 +97,7 @@ class Recorded(Weight):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _recorded(multiply: Callable, x: jax.Array, w: jax.Array, told: jax.Array, *sizes: jax.Array) -> jax.Array:
-    """multiply(x, w, *sizes); the derivative by `told` tells of x, whatever the cotangent is."""
+    """multiply(x, w, *sizes); the derivative by `told` tells of x, whatever the cotangent is; those by others are 0."""
     return multiply(x, w, *sizes)
 
 

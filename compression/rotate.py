@@ -29,7 +29,7 @@ class Rotate(Rule):
             *stack, K, _ = place.value.shape
             if place.kind != "matrix":
                 left[place.name] = "heads and tables of the vocabulary are not rotated"
-            elif (largest := max(odd_factors(K))) > Rotated.MOST_ODD:
+            elif (largest := max(odd_factors(K), default=1)) > Rotated.MOST_ODD:
                 left[place.name] = f"of {K} inputs, whose odd factor {largest} is more than {Rotated.MOST_ODD}"
             else:
                 signs = jax.random.rademacher(own_key, (*stack, K), jnp.int8)

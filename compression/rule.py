@@ -4,6 +4,7 @@ A kind of recipe is a subclass of `Rule` in a file of its own, beside what it do
 `phyla.compression.recipes`.
 """
 
+import abc
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from phyla.models.language_model import LanguageModel
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rule:
+class Rule(abc.ABC):
     """What every recipe is."""
 
     only: str = ""
@@ -36,9 +37,9 @@ class Rule:
             raise UserError(f"{self.method}@{self.only}: not a regular expression: {error}") from error
 
     @property
+    @abc.abstractmethod
     def method(self) -> str:
         """Its name without `only`."""
-        raise NotImplementedError
 
     @property
     def needs_text(self) -> bool:
@@ -61,6 +62,7 @@ class Rule:
         """What it wants to know of a text, if it `needs_text`; zeros of no text. See `calibrate.moments`."""
         return calibrate.moments(model, batches, self.needs_moments)
 
+    @abc.abstractmethod
     def apply(self, model: LanguageModel, chosen: list[matrices.Place], moments: Moments, key: jax.Array) -> "Applied":
         """Does it.
 
@@ -70,7 +72,6 @@ class Rule:
             moments: what it `measure`s of a text in this model, if it `needs_text`.
             key: for what it draws at random.
         """
-        raise NotImplementedError
 
     def chooses(self, place: matrices.Place) -> bool:
         """Whether it is for this parameter, which any method may touch (or which is cut with others)."""

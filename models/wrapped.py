@@ -6,7 +6,6 @@ wrapped again. What it costs is f, for every input of every token.
 """
 
 import abc
-import math
 from typing import ClassVar
 
 import jax
@@ -110,10 +109,10 @@ class Rotated(Wrapped):
 
 
 def odd_factors(size: int) -> tuple[int, ...]:
-    """Of what is odd of a number: itself if it is at most `Rotated.MOST_ODD`, else its prime factors."""
+    """Of what is odd of a number, if that is not 1: itself if it is at most `Rotated.MOST_ODD`, else its primes."""
     rest, factors, divisor = size // (size & -size), [], 3
     if rest <= Rotated.MOST_ODD:
-        return (rest,)
+        return (rest,) * (rest > 1)
     while divisor**2 <= rest:
         if rest % divisor:
             divisor += 2
@@ -124,14 +123,13 @@ def odd_factors(size: int) -> tuple[int, ...]:
 
 def _mixed(x: jax.Array, *, back: bool = False) -> jax.Array:
     """x (C ⊗ H), or by its transpose."""
-    odd = odd_factors(x.shape[-1])
-    mixed = x.reshape(-1, *odd, x.shape[-1] // math.prod(odd))
-    for axis, factor in enumerate(odd, 1):
-        if factor > 1:
-            C = _cosines(factor)
-            turned = jnp.tensordot(mixed, C.T if back else C, (axis, 0), precision=jax.lax.Precision.HIGHEST)
-            mixed = jnp.moveaxis(turned, -1, axis)
-    return hadamard(mixed).reshape(x.shape)
+    mixed, rest = x, x.shape[-1]
+    for factor in odd_factors(rest):
+        C, rest = _cosines(factor), rest // factor
+        x_NxMxP = mixed.reshape(-1, factor, rest)
+        precision = jax.lax.Precision.HIGHEST
+        mixed = jnp.einsum("nmp,ml->nlp", x_NxMxP, C.T if back else C, precision=precision)
+    return hadamard(mixed.reshape(-1, rest)).reshape(x.shape)
 
 
 def hadamard(x: jax.Array) -> jax.Array:

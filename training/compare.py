@@ -27,7 +27,8 @@ import jax
 from rich.console import Console
 
 from phyla.compression.compress import abstract
-from phyla.compression.recipes import Rule, parse
+from phyla.compression.recipes import parse
+from phyla.compression.rule import Rule
 from phyla.models import sizes
 from phyla.models.errors import UserError, choose
 from phyla.training import run, sharding

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from flax import nnx
 from jax.scipy.stats import norm
 
 from phyla import configs
-from phyla.compression.calibrate import Columns, moments
+from phyla.compression.calibrate import moments
 from phyla.compression.compress import abstract, compress
 from phyla.compression.matrices import dotted, places, replace, weights
 from phyla.compression.recipes import METHODS, parse
@@ -25,7 +24,11 @@ from phyla.models.quantized import Quantized
 from phyla.models.weights import Weight, materialize, parameter
 
 gguf = pytest.importorskip("gguf")
+
+
 ROUNDED = ("int8", "int4", "int4-g8", "nf4", "float8")
+
+
 MORE = {
     "transformer": "int3-g8",
     "mamba": "int4-g8-asym",
@@ -34,6 +37,8 @@ MORE = {
     "xlstm": "int8-tensor",
 }
 """Others, of which a family has one and slow tests all."""
+
+
 TOKENS = jax.random.randint(jax.random.key(7), (2, 12), 0, 61)
 
 
@@ -216,76 +221,9 @@ def test_the_model_uses_the_weights_that_it_holds(family, method):
     assert np.abs(found - original).max() > 20 * np.abs(found - expected).max()
 
 
-@pytest.mark.parametrize("family", configs.SMALL)
-def test_a_share_is_pruned(family):
-    """Of each matrix exactly the smallest 40 %; of all together exactly the smallest 30 %."""
-    before = values(built(family))
-    (each,) = compress(built(family), parse("magnitude-40%"))
-    after = values(each.model)
-    for name in each.changed:
-        for W, found in zip(
-            *(a[name].reshape(-1, math.prod(a[name].shape[-2:])) for a in (before, after)), strict=True
-        ):
-            gone = found == 0
-            assert gone.sum() == round(0.4 * W.size)
-            assert np.abs(W[gone]).max() <= np.abs(W[~gone]).min()
-            np.testing.assert_array_equal(found[~gone], W[~gone])
-    (together,) = compress(built(family), parse("magnitude-30%-global"))
-    after = values(together.model)
-    W, found = (np.concatenate([a[name].ravel() for name in together.changed]) for a in (before, after))
-    gone = found == 0
-    assert gone.sum() == round(0.3 * W.size)
-    assert np.abs(W[gone]).max() <= np.abs(W[~gone]).min()
-    shares = {np.mean(after[name] == 0).round(2) for name in together.changed}
-    assert len(shares) > 1
-
-
-def test_a_share_of_each_output_is_pruned():
-    before = values(built("jamba"))
-    (step,) = compress(built("jamba"), parse("magnitude-40%-rows"))
-    after = values(step.model)
-    assert any(before[name].ndim > 3 for name in step.changed)  # experts too
-    for name in step.changed:
-        W, found = (a[name].reshape(-1, *a[name].shape[-2:]) for a in (before, after))
-        kept = found != 0
-        assert np.all((~kept).sum(axis=1) == round(0.4 * W.shape[1]))
-        assert np.all(np.where(kept, 0, np.abs(W)).max(axis=1) <= np.where(kept, np.abs(W), np.inf).min(axis=1))
-        np.testing.assert_array_equal(found[kept], W[kept])
-
-
-@pytest.mark.parametrize(("family", "keep", "group"), [*((f, 2, 4) for f in configs.SMALL), ("jamba", 5, 7)])
-def test_n_of_m_stay(family, keep, group):
-    before = values(built(family))
-    (step,) = compress(built(family), parse(f"magnitude-{keep}:{group}"))
-    after = values(step.model)
-    for name, W in before.items():
-        if name in step.left:
-            np.testing.assert_array_equal(after[name], W)
-            continue
-        K, N = W.shape[-2:]
-        for matrix, found in zip(W.reshape(-1, K, N), after[name].reshape(-1, K, N), strict=True):
-            for begin in range(0, K, group):
-                w, f = matrix[begin : begin + group], found[begin : begin + group]
-                assert np.all((f != 0).sum(0) == min(keep, len(w)))
-                np.testing.assert_array_equal(f[f != 0], w[f != 0])
-                largest = np.sort(np.abs(w), axis=0)[::-1][: min(keep, len(w))].sum(0)
-                np.testing.assert_allclose(np.abs(f).sum(0), largest, rtol=1e-5)
-
-
-@pytest.mark.parametrize("method", ["int8", "nf4"])
-def test_what_is_pruned_stays_zero(method):
-    """And a rounded model is only what its recipes say, in their order."""
-    pruned, rounded_ = compress(built("jamba"), parse(f"magnitude-2:4+{method}"))
-    before, after = values(pruned.model), values(rounded_.model)
-    for name in pruned.changed:
-        assert np.all(after[name][before[name] == 0] == 0)
-        assert np.mean(after[name] == 0) >= 0.5
-    alone = values(compress(pruned.model, parse(method))[0].model)
-    for name, found in after.items():
-        np.testing.assert_array_equal(found, alone[name])
-
-
 LEFT_OF_ALL = {"norm.scale": "no matrix", "mixer_norm.scale": "no matrix"}
+
+
 LEFT = {
     "transformer": {"mixer.q_norm.scale": "no matrix"},
     "mamba": {
@@ -417,68 +355,6 @@ def batches():
     for key in jax.random.split(jax.random.key(3), 3):
         tokens = jax.random.randint(key, (2, 12), 0, 61)
         yield tokens, jnp.ones_like(tokens)
-
-
-class Noted(Weight):
-    """A dense matrix that calls the host with what it multiplies."""
-
-    def __init__(self, dense: jax.Array, note):
-        self.dense = nnx.Variable(dense)
-        count = math.prod(dense.shape[:-2])
-        self.number = nnx.Variable(jnp.arange(count).reshape(dense.shape[:-2]))  # of each matrix of the stack
-        self.note = note
-
-    @property
-    def shape(self):
-        return self.dense.shape
-
-    def materialize(self):
-        return self.dense[...]
-
-    def matmul(self, x):
-        jax.debug.callback(self.note, self.number[...], x)
-        return x @ self.dense[...]
-
-    def grouped_matmul(self, x, sizes):
-        jax.debug.callback(self.note, self.number[...], x, sizes)
-        return super().grouped_matmul(x, sizes)
-
-
-@pytest.mark.parametrize(("family", "groups"), [*((family, None) for family in configs.SMALL), ("transformer", 1)])
-def test_moments_are_those_of_what_each_matrix_multiplies(family, groups):
-    """Against the vectors themselves, in float64. Where layers share a matrix, its uses' maxima are added."""
-    found = moments(built(family, groups), batches())
-    assert found.keys() == {place.path for place in places(built(family)) if place.kind == "matrix"}
-    model = nnx.clone(built(family, groups))
-    expected = {path: np.zeros((math.prod(moment.shape[:-2]), *moment.shape[-2:])) for path, moment in found.items()}
-    figures = {path: np.zeros((len(Columns._fields), *moment.shape[:-1])) for path, moment in expected.items()}
-
-    def add(path, number, x, sizes=None):
-        rows = np.split(np.float64(x).reshape(-1, x.shape[-1]), np.cumsum(sizes)[:-1] if sizes is not None else [])
-        for n, x in zip(np.ravel(number), rows, strict=True):
-            expected[path][n] += x.T @ x
-            a = np.abs(x)
-            figures[path][:-1, n] += np.stack([a, a**2, a**4, a >= 6, np.ones_like(a)]).sum(1)
-            figures[path][-1, n] = np.maximum(figures[path][-1, n], a.max(0, initial=0))
-
-    for path in found:
-        replace(model, path, Noted(materialize(weights(model)[path]), functools.partial(add, path)))
-    for tokens, segment_ids in batches():
-        nnx.jit(lambda model, *given: model.forward(*given).hidden)(model, tokens, None, segment_ids)
-    jax.effects_barrier()
-    uses = 1 if groups is None else built(family).config.repeats // groups
-    for path, moment in found.items():
-        close = {"rtol": 1e-3, "atol": 1e-4 * expected[path].max(), "err_msg": dotted(path)}
-        np.testing.assert_allclose(moment, expected[path].reshape(moment.shape), **close)
-        *sums, largest = (value.reshape(moment.shape[:-1]) for value in figures[path])
-        columns = found.columns[path]
-        for sum_, value in zip(columns[:-1], sums, strict=True):
-            np.testing.assert_allclose(sum_, value, rtol=1e-3, atol=1e-4 * value.max(), err_msg=dotted(path))
-        if uses == 1:
-            np.testing.assert_allclose(columns.largest, largest, rtol=1e-4, err_msg=dotted(path))
-        else:
-            assert (largest * 0.999 <= columns.largest).all()
-            assert (columns.largest <= largest * 1.001 * uses).all()
 
 
 def hidden(model: LanguageModel) -> np.ndarray:

