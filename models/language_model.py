@@ -1,10 +1,12 @@
 """The language model: embeddings, blocks, a norm and a head."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from phyla.models.block import Block, Period
@@ -108,9 +110,25 @@ class LanguageModel(nnx.Module):
         """Block number `index`, from 0, with its own parameters."""
         if index < len(self.prefix):
             return self.prefix[index]
-        repeat, place = divmod(index - len(self.prefix), len(self.config.pattern))
-        stored = repeat // (self.config.repeats // (self.config.groups or self.config.repeats))
-        return _one(self.periods.blocks[place], stored)
+        return _one(self.periods.blocks[self.place(index) - len(self.prefix)], self._stored(index))
+
+    def blocks(self, indices: Sequence[int]) -> Block:
+        """The blocks with these numbers, of one place, as one to scan: every parameter [len(indices), ...]."""
+        place, count = self.place(indices[0]), len(indices)
+        if place < len(self.prefix):
+            return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), self.prefix[place])
+        stored = np.array([self._stored(index) for index in indices])
+        return jax.tree.map(lambda leaf: leaf[stored], self.periods.blocks[place - len(self.prefix)])
+
+    def place(self, index: int) -> int:
+        """Where block number `index` stands: in the prefix, or after it in the pattern."""
+        beyond = index - len(self.prefix)
+        return index if beyond < 0 else len(self.prefix) + beyond % len(self.config.pattern)
+
+    def _stored(self, index: int) -> int:
+        """Where the stack has the parameters of a block of the pattern."""
+        repeat = (index - len(self.prefix)) // len(self.config.pattern)
+        return repeat // (self.config.repeats // (self.config.groups or self.config.repeats))
 
     def initial_state(self, batch: int, length: int) -> ModelState:
         """The state before the first token, with room for `length` tokens where a mixer keeps them all."""
@@ -256,7 +274,7 @@ class LanguageModel(nnx.Module):
         elif self.config.remat == "dots":
             body = jax.checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
         states = None if state is None else state.blocks
-        (x_BxTxD, _), (states, routing, of_blocks) = self._scan(body, (x_BxTxD, value), states)
+        (x_BxTxD, _), (states, routing, of_blocks) = self.scan(body, (x_BxTxD, value), states)
         if self.config.final_norm:
             x_BxTxD = self.norm(x_BxTxD)
         after = None if state is None else ModelState(tuple(prefix_states), states, cursor)
@@ -302,8 +320,14 @@ class LanguageModel(nnx.Module):
             x_BxTxE = self.embedding_projection(x_BxTxE.astype(self.dtype)).astype(jnp.float32)
         return x_BxTxE, cursor
 
-    def _scan(self, body: Any, carry: Any, states: Any) -> tuple[Any, Any]:
-        """`body` over the repeats of the pattern; with groups, over those of each group inside."""
+    def scan(self, body: Any, carry: Any, states: Any) -> tuple[Any, Any]:
+        """`jax.lax.scan` over the repeats of the pattern; with groups, over those of each group inside.
+
+        Args:
+            body: of the carry and (a `Period`, its states).
+            carry: what goes from one to the next.
+            states: leaves [repeats, ...].
+        """
         if isinstance(self.periods, nnx.List):
             uses, found = self.config.repeats // len(self.periods), []
             for i, before in enumerate(states or (None,) * self.config.repeats):

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from phyla.models.block import Block
 from phyla.models.config import ModelConfig
 from phyla.models.errors import UserError
 from phyla.models.language_model import LanguageModel, Output
@@ -24,6 +23,7 @@ from phyla.training.internals import (
     check,
     layer_pairs,
     mixing_distance,
+    over_layers,
     relation_divergence,
     score_distance,
 )
@@ -164,24 +164,19 @@ class Distillation(nnx.Module):
         if config.blocks:
             assert its is not None
             terms["blocks"] = config.blocks, total(block_distance(model, its, asked.segment_ids))
-        if config.mixing:
-            assert its is not None
-            terms["mixing"] = config.mixing, total(mixing_distance(model, guide, its, asked.segment_ids))
-
-        def blocks(layers: tuple[int, int]) -> tuple[tuple[Block, jax.Array], tuple[Block, jax.Array]]:
-            """With what enters them."""
+        if config.mixing or config.attention or config.relations:
             assert mine is not None
             assert its is not None
-            i, j = layers[0] - 1, layers[1] - 1
-            return (model.block(i), mine[i]), (guide.block(j), its[j])
-
-        if config.attention:
-            each = (score_distance(*blocks(layers), asked.segment_ids) for layers in self.layers)
-            terms["attention"] = config.attention, total(sum(each, jnp.zeros(right.shape)))
-        if config.relations:
-            kinds, heads = config.relation_kinds, config.relation_heads
-            found = relation_divergence(*blocks(self.layers[-1]), asked.segment_ids, kinds=kinds, heads=heads)
-            terms["relations"] = config.relations, total(found)
+            every = tuple((i, i) for i in range(1, len(its)))
+            relations = functools.partial(relation_divergence, kinds=config.relation_kinds, heads=config.relation_heads)
+            for name, distance, pairs, given in (
+                ("mixing", mixing_distance, every, its),  # both are given the teacher's stream
+                ("attention", score_distance, self.layers, mine),
+                ("relations", relations, self.layers[-1:], mine),
+            ):
+                if getattr(config, name):
+                    apart = over_layers(distance, pairs, (model, given), (guide, its), asked.segment_ids)
+                    terms[name] = getattr(config, name), total(apart)
         return weighed(config, model, student, asked, right, terms)
 
     def _project(self, index: int, x: jax.Array) -> jax.Array:

@@ -4,11 +4,13 @@ All of it is computed again from the residual streams, [L + 1, B, T, D], so that
 results are float32 [B, T].
 """
 
-from collections.abc import Sequence
+import collections
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from phyla.models.block import Block
 from phyla.models.config import ModelConfig
@@ -19,6 +21,8 @@ from phyla.training.config import DistillationConfig
 
 Pairs = tuple[tuple[int, int], ...]
 """(layer of the student, layer of the teacher), from 1."""
+Inside = tuple[Block, jax.Array]
+"""A block, and the residual stream before it."""
 
 
 def layer_pairs(config: DistillationConfig, student: int, teacher: int) -> Pairs:
@@ -134,34 +138,61 @@ def block_distance(model: LanguageModel, streams: jax.Array, segment_ids: jax.Ar
 
     fold = lambda x: x.reshape(-1, len(model.config.pattern), *x.shape[1:])  # noqa: E731
     given = fold(streams[first:-1]), fold(streams[first + 1 :])
-    return jax.lax.scan(body, (value, distance), (model.periods, given))[0][1]
+    return model.scan(body, (value, distance), given)[0][1]
 
 
-def mixing_distance(
-    student: LanguageModel, teacher: LanguageModel, streams: jax.Array, segment_ids: jax.Array
+def over_layers(
+    distance: Callable[[Inside, Inside, jax.Array], jax.Array],
+    pairs: Pairs,
+    mine: tuple[LanguageModel, jax.Array],
+    its: tuple[LanguageModel, jax.Array],
+    segment_ids: jax.Array,
 ) -> jax.Array:
-    """‖M - M'‖² of each row, a mean over heads, summed over layers (Bick et al. 2024, section 3.1).
+    """Σ `distance` over pairs of layers.
 
-    Of whole matrices the sum over rows is the squared Frobenius norm. Both mixers are given the teacher's input; one
-    layer's matrices exist at a time, in the backward pass too.
+    Pairs at the same two places of the patterns are scanned, so that compile time does not grow with depth. What a
+    distance makes exists for one pair at a time, in the backward pass too.
 
     Args:
-        student: see `check`.
-        teacher: the same.
-        streams: the teacher's residual stream.
+        distance: of a layer of the student, one of the teacher, and segment_ids: `mixing_distance`, `score_distance`.
+        pairs: see `layer_pairs`.
+        mine: the student, and the residual stream that its layers are given.
+        its: the teacher, and the same.
         segment_ids: [B, T].
     """
+    models, streams = zip(mine, its, strict=True)
+    places = collections.defaultdict(list)
+    for pair in pairs:
+        layers = tuple(layer - 1 for layer in pair)
+        places[tuple(model.place(layer) for model, layer in zip(models, layers, strict=True))].append(layers)
 
     @jax.checkpoint
-    def of_layer(mine: Block, its: Block, x: jax.Array) -> jax.Array:
-        wanted = jax.lax.stop_gradient(its.mixer.mixing(its.mixer_input(x), segment_ids))
-        return jnp.mean(jnp.sum(jnp.square(mine.mixer.mixing(mine.mixer_input(x), segment_ids) - wanted), -1), axis=1)
+    def body(total: jax.Array, inside: tuple[Inside, Inside]) -> tuple[jax.Array, None]:
+        return total + distance(*inside, segment_ids), None
 
-    layers = range(student.config.layers)
-    return sum((of_layer(student.block(i), teacher.block(i), streams[i]) for i in layers), jnp.zeros(segment_ids.shape))
+    total = jnp.zeros(segment_ids.shape)
+    for found in places.values():
+        each = zip(models, streams, map(list, zip(*found, strict=True)), strict=True)
+        inside = tuple((model.blocks(layers), stream[np.asarray(layers)]) for model, stream, layers in each)
+        total, _ = jax.lax.scan(body, total, inside)
+    return total
 
 
-def score_distance(mine: tuple[Block, jax.Array], its: tuple[Block, jax.Array], segment_ids: jax.Array) -> jax.Array:
+def mixing_distance(mine: Inside, its: Inside, segment_ids: jax.Array) -> jax.Array:
+    """‖M - M'‖² of each row, a mean over heads (Bick et al. 2024, section 3.1).
+
+    Of whole matrices the sum over rows is the squared Frobenius norm.
+
+    Args:
+        mine: the student's block and what it is given, which is what the teacher's is given.
+        its: the teacher's.
+        segment_ids: [B, T].
+    """
+    mixed, wanted = (block.mixer.mixing(block.mixer_input(x), segment_ids) for block, x in (mine, its))
+    return jnp.mean(jnp.sum(jnp.square(mixed - jax.lax.stop_gradient(wanted)), -1), axis=1)
+
+
+def score_distance(mine: Inside, its: Inside, segment_ids: jax.Array) -> jax.Array:
     """(scores - scores')² of attention before the softmax, a mean over heads and the tokens that are seen.
 
     Jiao et al. 2020 (TinyBERT), equation 7, where tokens that are not seen count as equal.
@@ -178,8 +209,8 @@ def score_distance(mine: tuple[Block, jax.Array], its: tuple[Block, jax.Array], 
 
 
 def relation_divergence(
-    mine: tuple[Block, jax.Array],
-    its: tuple[Block, jax.Array],
+    mine: Inside,
+    its: Inside,
     segment_ids: jax.Array,
     *,
     kinds: Sequence[str],

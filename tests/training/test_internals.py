@@ -23,7 +23,14 @@ from phyla.models.mlp import MLPConfig
 from phyla.models.moe import MoEConfig
 from phyla.training.config import DistillationConfig
 from phyla.training.distillation import Distillation
-from phyla.training.internals import check, mixing_distance, relation_divergence, score_distance
+from phyla.training.internals import (
+    block_distance,
+    check,
+    mixing_distance,
+    over_layers,
+    relation_divergence,
+    score_distance,
+)
 from phyla.training.objectives import next_tokens
 
 B, T, D = 2, 6, 8
@@ -121,23 +128,59 @@ def test_scores_and_relations_in_float64():
 
 
 def test_mixing_matrices_in_float64():
-    """Σ over layers of the mean over heads of each row's squared distance: summed, the squared Frobenius norm."""
-    mine, its = model_of(FAMILIES["mamba2"], 0), model_of(TEACHER, 1)
-    streams = jax.random.normal(jax.random.key(3), (3, B, T, D))
+    """Σ over layers of the mean over heads of each row's squared distance: summed, the squared Frobenius norm.
+
+    Prefix and patterns of the two differ, so that their layers meet in different ways, and ALBERT's layers are one.
+    """
+    mamba2, attention = FAMILIES["mamba2"].pattern, TEACHER.pattern
+    student = dataclasses.replace(FAMILIES["mamba2"], prefix=mamba2, layers=7, pattern=mamba2 + attention)
+    teacher = dataclasses.replace(TEACHER, layers=7, groups=1)
+    mine, its = model_of(student, 0), model_of(teacher, 1)
+    streams = jax.random.normal(jax.random.key(3), (8, B, T, D))
+    every = tuple((i, i) for i in range(1, 8))
 
     @jax.jit
     def found(mine, its, streams):
         matrices = [
             [block.mixer.mixing(block.mixer_input(streams[i]), SEGMENTS) for block in (mine.block(i), its.block(i))]
-            for i in range(2)
+            for i in range(7)
         ]
-        return mixing_distance(mine, its, streams, SEGMENTS), matrices
+        return over_layers(mixing_distance, every, (mine, streams), (its, streams), SEGMENTS), matrices
 
     distance, matrices = found(mine, its, streams)
     expected = [np.asarray(a, np.float64) - np.asarray(b, np.float64) for a, b in matrices]
     norms = sum(np.square(np.linalg.norm(each, axis=(-2, -1))).mean(1) for each in expected)
     np.testing.assert_allclose(np.asarray(distance).sum(1), norms, rtol=1e-5)
     np.testing.assert_allclose(distance, sum(np.square(each).sum(-1).mean(1) for each in expected), rtol=1e-5)
+
+
+def test_programs_do_not_grow_with_depth():
+    """Of the terms that compare layer with layer."""
+    config = DistillationConfig(mixing=1.0, attention=1.0, relations=1.0, blocks=1.0)
+
+    def operations(layers: int) -> int:
+        deep = dataclasses.replace(TEACHER, layers=layers)
+        student = nnx.split(sizes.abstract(deep))
+        objective = Distillation(config, sizes.abstract(deep), deep, next_tokens, chunk=64, rngs=nnx.Rngs(0))
+        ask = nnx.split(objective)
+        batch = {"tokens": jnp.zeros((B, T + 1), int), "segment_ids": jnp.ones((B, T + 1), int)}
+
+        def loss(params, asked):
+            model, objective = nnx.merge(student[0], params), nnx.merge(ask[0], asked)
+            return objective(model, batch, jax.random.key(0)).total
+
+        return str(jax.make_jaxpr(jax.grad(loss))(student[1], ask[1])).count(" = ")
+
+    assert operations(12) == operations(4)
+
+
+def test_blocks_of_shared_layers():
+    """`blocks` is zero of a student that is its teacher, though its layers are one."""
+    shared = model_of(dataclasses.replace(TEACHER, layers=4, groups=2), 0)
+    tokens = jax.random.randint(jax.random.key(0), (B, T), 0, 31)
+    streams = jax.jit(lambda model: model.forward(tokens, segment_ids=SEGMENTS, layers=True).layers)(shared)
+    np.testing.assert_allclose(jax.jit(block_distance)(shared, streams, SEGMENTS), 0, atol=1e-10)
+    assert np.all(jax.jit(block_distance)(shared, streams + 1.0, SEGMENTS) > 1e-3)
 
 
 @pytest.mark.parametrize(
