@@ -51,6 +51,8 @@ class Size:
     bits_per_weight: float
     """Mean over all parameters, of codes and scales alike."""
     bytes_in_memory: int
+    bytes_to_load: int
+    """At the peak: while an array is read it is there twice."""
 
 
 def size(model: LanguageModel) -> Size:
@@ -58,12 +60,14 @@ def size(model: LanguageModel) -> Size:
     held = list(weights(model).values())
     parameters = sum(math.prod(each.shape) for each in held)
     nonzero = sum(int(_nonzero(each)) for each in held)
-    nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
+    each = [leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model))]
+    nbytes = sum(each)
     return Size(
         parameters=parameters,
         zeros=parameters - nonzero,
         bits_per_weight=8 * nbytes / parameters,
         bytes_in_memory=nbytes,
+        bytes_to_load=nbytes + max(each),
     )
 
 
@@ -366,6 +370,7 @@ def show(out: Path, record: dict[str, Any]) -> None:
         raw, coded, entropy = (sum(sizes[name] for sizes in record["huffman"].values()) for name in Sizes._fields)
         console.print(f"huffman: {raw:,} bytes of codes in {coded:,}; their entropy is {entropy:,.0f}")
     before, after = rows[0], rows[-1]
+    console.print(f"loading takes {after['bytes_to_load']:,} bytes: the model, and its largest array once more")
     said = f"{before['bytes_in_memory'] / after['bytes_in_memory']:.2f} times smaller in memory"
     if "bits_per_byte" in after:
         said += f", loss {after['bits_per_byte'] / before['bits_per_byte'] - 1:+.2%}"
