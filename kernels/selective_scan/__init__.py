@@ -38,7 +38,8 @@ def selective_scan(
 
     for every channel d of D on its own, with h_t a vector of N numbers per channel. Inputs are float32 or
     bfloat16; state and sums are float32. Differentiable in every floating argument, through both results. Results
-    are finite for dt in [0, 1e30] and A in [-1e30, 0] as long as dt B x, its sums and their gradients are.
+    are finite for dt in [0, 1e30] and A in [-1e30, 0] as long as dt B x, its sums and their gradients are ("tpu" takes
+    what of dt x, B, C and the gradient of y is above 1e15 for 1e15).
 
     Args:
         x: input, [B, T, D] with T >= 1.

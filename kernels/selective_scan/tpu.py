@@ -3,7 +3,8 @@
 The grid is (batch, chunks of time, blocks of channels). A block's states stay in VMEM from chunk to chunk. B and C of
 a token are the same for all channels: once a chunk, every number of them is spread over a row of 128 lanes, which a
 load repeats eight times down a register at no cost. x and dt come as tiles of [time, 128 channels]; stores with
-a stride turn them into one register a token.
+a stride turn them into one register a token. Where a document begins, the kernels have a dt after which no decay is
+left, and for that dt x, B, C and dy count as at most 1e15 (`tpu_layout.MOST`).
 
 Beside inputs, results and gradients, the backward pass keeps the state before every chunk, 4 N D / CHUNK bytes
 a token (1,280 for D 5120, N 16, CHUNK 256), and B, C and their gradients with lanes to spare, some 2 KB a token.
@@ -19,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from phyla.kernels.arguments import align
 from phyla.kernels.partition import per_device
 from phyla.kernels.selective_scan.tpu_backward import backward
-from phyla.kernels.selective_scan.tpu_layout import ROWS, Sizes, blocks, channels, weights
+from phyla.kernels.selective_scan.tpu_layout import ROWS, Sizes, blocks, bounded, channels, weights
 from phyla.kernels.selective_scan.xla import selective_scan_xla
 from phyla.kernels.tpu import LANES, SUBLANES, pallas_call
 
@@ -36,7 +37,7 @@ def selective_scan_tpu(x, dt, A, B, C, D, initial_state, resets, *, chunk: int |
         raise ValueError("selective_scan: 'tpu' computes in float32, but x is float64; cast it or use 'reference'")
     if x.shape[1] == 1:
         return selective_scan_xla(x, dt, A, B, C, D, initial_state, resets)
-    Sizes.of(x, A, resets, chunk)
+    Sizes.of(x, B, C, chunk)
     return _scan(chunk, x, dt, A, B, C, D, initial_state, resets)
 
 
@@ -65,7 +66,7 @@ def _run_forward(chunk, keep, *arguments):
     """y, the final state and, to `keep`, the state before every chunk, [B, chunks, K, N, 8, 128]."""
 
     def run(x, dt, A, B, C, D, initial_state, resets):
-        sizes = Sizes.of(x, A, resets, chunk)
+        sizes = Sizes.of(x, B, C, chunk)
         inputs = align(x, dt, *weights(sizes, A, B, C, D, resets), blocks(initial_state))
         results = {"inputs": x.dtype, "state": jnp.float32} | ({"starts": jnp.float32} if keep else {})
         registers = functools.partial(pltpu.VMEM, dtype=jnp.float32)
@@ -109,8 +110,8 @@ def _forward_kernel(sizes, x_ref, dt_ref, tokens_ref, A_ref, D_ref, initial_ref,
         def turn(r):
             """Tokens r to r + ROWS, from tiles of [tokens, 128 channels] to registers of 1,024 channels a token."""
             dt, x = sizes.load(dt_ref, first + r, c), sizes.load(x_ref, first + r, c)
-            sizes.turn(dt, dt_s, r)
-            sizes.turn(dt * x, u_s, r)
+            sizes.turn(sizes.decaying(dt, spread_s, first + r), dt_s, r)
+            sizes.turn(bounded(dt * x), u_s, r)
 
         def eight(t):
             """Tokens t to t + SUBLANES."""
@@ -120,10 +121,9 @@ def _forward_kernel(sizes, x_ref, dt_ref, tokens_ref, A_ref, D_ref, initial_ref,
             for states in sizes.groups:
                 A, h = A_ref[k, states], list(state_ref[0, k, states])
                 for s in range(SUBLANES):
-                    B, C, reset = sizes.row(spread_s, (first + t) // SUBLANES, s, states)
+                    B, C = sizes.row(spread_s, (first + t) // SUBLANES, s, states)
                     for n in range(len(h)):
-                        before = jnp.where(reset, 0, h[n]) if sizes.resets else h[n]
-                        h[n] = jnp.exp2(dt[s] * A[n]) * before + u[s] * B[n]
+                        h[n] = jnp.exp2(dt[s] * A[n]) * h[n] + u[s] * B[n]
                         term = h[n] * C[n]
                         y[s] = term if y[s] is None else y[s] + term
                 state_ref[0, k, states] = jnp.stack(h)

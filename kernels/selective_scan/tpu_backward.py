@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from phyla.kernels.arguments import align
-from phyla.kernels.selective_scan.tpu_layout import Sizes, blocks, channels, weights
+from phyla.kernels.selective_scan.tpu_layout import Sizes, blocks, bounded, channels, weights
 from phyla.kernels.tpu import LANES, SUBLANES, pallas_call
 
 
@@ -27,7 +27,7 @@ def backward(chunk, x, dt, A, B, C, D, resets, starts, dy, d_final):
 
     Those of A and D have the batch in front; those of B and C one more axis, of 1, behind.
     """
-    sizes = Sizes.of(x, A, resets, chunk)
+    sizes = Sizes.of(x, B, C, chunk)
     tokens, A_blocks, D_row = weights(sizes, A, B, C, D, resets)
     inputs = align(x, dt, dy, tokens, A_blocks, D_row, starts, blocks(d_final))
     results = {"inputs": x.dtype, "inputs ": dt.dtype, "state": None, "dD": None, "sums": None, "state ": None}
@@ -85,16 +85,16 @@ def _kernel(sizes, x_ref, dt_ref, dy_ref, tokens_ref, A_ref, D_ref, starts_ref, 
     def recompute(i, _):
         first = pl.multiple_of(i * SUBLANES, SUBLANES)
         x, dt, dy = (sizes.load(ref, first, c) for ref in (x_ref, dt_ref, dy_ref))
-        for v, ref in ((dt, dt_s), (dt * x, u_s), (dy, dy_s)):
+        dt, u, dy = sizes.decaying(dt, spread_s, first), bounded(dt * x), bounded(dy)
+        for v, ref in ((dt, dt_s), (u, u_s), (dy, dy_s)):
             sizes.turn(v, ref.at[i], 0)
         dt, u = (ref[i].reshape(SUBLANES, SUBLANES, LANES) for ref in (dt_s, u_s))
         for states in sizes.groups:
             A, h = A_ref[k, states], list(h_s[first, states])
             for s in range(SUBLANES):
-                B, _, reset = sizes.row(spread_s, i, s, states)
+                B, _ = sizes.row(spread_s, i, s, states)
                 for n in range(len(h)):
-                    before = jnp.where(reset, 0, h[n]) if sizes.resets else h[n]
-                    h[n] = jnp.exp2(dt[s] * A[n]) * before + u[s] * B[n]
+                    h[n] = jnp.exp2(dt[s] * A[n]) * h[n] + u[s] * B[n]
                 h_s[first + s + 1, states] = jnp.stack(h)
 
     jax.lax.fori_loop(0, eights, recompute, None)
@@ -108,7 +108,7 @@ def _kernel(sizes, x_ref, dt_ref, dy_ref, tokens_ref, A_ref, D_ref, starts_ref, 
             A, dA, g = A_ref[k, states], list(dA_ref[0, k, states]), list(dh_ref[0, k, states])
             after = h_s[first + SUBLANES, states]
             for s in reversed(range(SUBLANES)):
-                B, C, reset = sizes.row(spread_s, i, s, states)
+                B, C = sizes.row(spread_s, i, s, states)
                 earlier = h_s[first + s, states]
                 for n in range(len(g)):
                     g[n] += C[n] * dy[s]
@@ -117,10 +117,7 @@ def _kernel(sizes, x_ref, dt_ref, dy_ref, tokens_ref, A_ref, D_ref, starts_ref, 
                     products_s[0, s, at, :] = g[n] * u[s]
                     products_s[1, s, at, :] = after[n] * dy[s]
                     g[n] *= jnp.exp2(dt[s] * A[n])
-                    before = earlier[n]
-                    if sizes.resets:
-                        g[n], before = jnp.where(reset, 0, g[n]), jnp.where(reset, 0, before)
-                    d_exponent = g[n] * before
+                    d_exponent = g[n] * earlier[n]
                     dA[n] += d_exponent * dt[s]
                     de[s] += d_exponent * A[n]
                 after = earlier

@@ -21,6 +21,11 @@ VMEM = 48 << 20
 BLOCKS = {"": (16, 8)}
 """Kind of chip -> tokens of a chunk, tokens of the unrolled body of a loop; here for the interpreter, else DEFAULT."""
 DEFAULT = 256, 64
+END, LEAST, MOST = 3e38, 1e-35, 1e15
+"""The dt of a document's first token, the least -A, and the most that dt x, B, C and dy are taken for.
+
+Then exp(dt A) is 0, and all that it multiplies is finite: nothing is left of the document before.
+"""
 
 
 class Sizes(NamedTuple):
@@ -32,18 +37,19 @@ class Sizes(NamedTuple):
     K: int
     chunk: int
     body: int
-    resets: bool  # whether there are any: then they are a column of the tokens, after B and C
+    pairs: bool  # whether B and C are bfloat16, and come as two halves of one number
 
     @classmethod
-    def of(cls, x: jax.Array, A: jax.Array, resets: jax.Array | None, chunk: int | None) -> "Sizes":
-        """Blocks for this chip, the largest that fit x [B, T, D] and A [D, N]. Raises `Unfit`."""
-        (_, T, D), (_, N) = x.shape, A.shape
+    def of(cls, x: jax.Array, B: jax.Array, C: jax.Array, chunk: int | None) -> "Sizes":
+        """Blocks for this chip, the largest that fit x [B, T, D] and N of B and C. Raises `Unfit`."""
+        (_, T, D), N = x.shape, B.shape[-1]
+        pairs = B.dtype == C.dtype == jnp.bfloat16
         most, body = BLOCKS.get(kind(), DEFAULT)
         most = up(min(chunk or most, T), ROWS)
         body = min(body, most)
         most = up(most, body)
         while True:
-            sizes = cls(T, D, N, up(D, CHANNELS) // CHANNELS, most, body, resets is not None)
+            sizes = cls(T, D, N, up(D, CHANNELS) // CHANNELS, most, body, pairs)
             if sizes.vmem <= VMEM:
                 return sizes
             if most <= body:
@@ -57,8 +63,8 @@ class Sizes(NamedTuple):
 
     @property
     def columns(self) -> int:
-        """Numbers a token that are the same for all channels."""
-        return 2 * self.N + self.resets
+        """Numbers a token that are the same for all channels: B, C and whether the state is reset."""
+        return 2 * self.N + 1
 
     @property
     def rows(self) -> int:
@@ -93,9 +99,8 @@ class Sizes(NamedTuple):
         N, tile = self.N, (SUBLANES, LANES)
         shapes = {
             "inputs": (batch, self.T, self.D),
-            "tokens": (batch, self.chunks * self.chunk, self.columns),
             "A": (self.K, N, *tile),
-            "D": (1, self.K * CHANNELS),
+            "D": (SUBLANES, self.K * CHANNELS),
             "state": (batch, self.K, N, *tile),
             "starts": (batch, self.chunks, self.K, N, *tile),
             "dD": (batch, self.K, SUBLANES * SUBLANES, LANES),
@@ -112,9 +117,9 @@ class Sizes(NamedTuple):
 
         specs = {
             "inputs": ((1, L, CHANNELS), lambda b, c, k: (b, at(c), k)),
-            "tokens": ((1, L, self.columns), lambda b, c, k: (b, at(c), 0)),
+            "tokens": ((1, L, self.N + 1 if self.pairs else self.columns), lambda b, c, k: (b, at(c), 0)),
             "A": ((self.K, N, *tile), lambda b, c, k: (0, 0, 0, 0)),
-            "D": ((1, CHANNELS), lambda b, c, k: (0, k)),
+            "D": ((SUBLANES, CHANNELS), lambda b, c, k: (0, k)),
             "state": ((1, self.K, N, *tile), lambda b, c, k: (b, 0, 0, 0, 0)),
             "starts": ((1, 1, 1, N, *tile), lambda b, c, k: (b, at(c), k, 0, 0, 0)),
             "dD": ((1, self.K, SUBLANES * SUBLANES, LANES), lambda b, c, k: (b, 0, 0, 0)),
@@ -153,25 +158,43 @@ class Sizes(NamedTuple):
         return jnp.concatenate([tiles[:, j].reshape(ROWS, LANES) for j in range(SUBLANES)], 1)
 
     def spread(self, tokens_ref, spread_ref) -> None:
-        """Every number of the tokens of a chunk over 128 lanes: [chunk / 8, columns, 8, 128], tokens on sublanes."""
+        """Every number of the tokens of a chunk over 128 lanes: [chunk / 8, columns, 8, 128], tokens on sublanes.
+
+        What spreads a number takes one every other cycle, of however many bits: pairs take half the time.
+        """
 
         def eight(i, _):
             tokens = tokens_ref[0, pl.ds(pl.multiple_of(i * SUBLANES, SUBLANES), SUBLANES), :]
-            for m in range(self.columns):
-                spread_ref[i, m] = jnp.broadcast_to(tokens[:, m : m + 1], (SUBLANES, LANES))
+            for m in range(tokens.shape[1]):
+                number = jnp.broadcast_to(tokens[:, m : m + 1], (SUBLANES, LANES))
+                if not self.pairs:
+                    spread_ref[i, m] = number
+                elif m < self.N:
+                    spread_ref[i, m] = pltpu.bitcast(number << 16, jnp.float32)
+                    spread_ref[i, self.N + m] = pltpu.bitcast(number & ~0xFFFF, jnp.float32)
+                else:
+                    spread_ref[i, 2 * self.N] = pltpu.bitcast(number, jnp.float32)
 
-        jax.lax.fori_loop(0, self.chunk // SUBLANES, eight, None, unroll=4)
+        jax.lax.fori_loop(0, self.chunk // SUBLANES, eight, None, unroll=8)
 
-    def row(self, spread_ref, eight, s, states: slice) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        """B and C of some states, [states, 8, 128], and whether the state is reset, [8, 128], at token s of eight."""
+    def row(self, spread_ref, eight, s, states: slice) -> tuple[jax.Array, jax.Array]:
+        """B and C of some states, [states, 8, 128], at token s of eight."""
 
         def spread(start, stop):
             numbers = spread_ref[eight, start:stop, pl.ds(s, 1), :]
             return jnp.broadcast_to(numbers, (stop - start, SUBLANES, LANES))
 
-        B = spread(states.start, states.stop)
-        C = spread(self.N + states.start, self.N + states.stop)
-        return B, C, spread(2 * self.N, 2 * self.N + 1)[0] != 0 if self.resets else None
+        return spread(states.start, states.stop), spread(self.N + states.start, self.N + states.stop)
+
+    def decaying(self, dt, spread_ref, token) -> jax.Array:
+        """dt [ROWS, CHANNELS], from a token of the chunk on, with `END` at resets: one selection for all states."""
+        reset = spread_ref[token // SUBLANES, 2 * self.N]
+        return jnp.where(jnp.concatenate([reset] * (CHANNELS // LANES), 1) != 0, END, dt)
+
+
+def bounded(v: jax.Array) -> jax.Array:
+    """See `MOST`."""
+    return jnp.clip(v, -MOST, MOST)
 
 
 def up(size: int, multiple: int) -> int:
@@ -195,9 +218,13 @@ def channels(v_xKxNx8x128: jax.Array, D: int) -> jax.Array:
 
 def weights(sizes, A, B, C, D, resets):
     """Tokens (B, C and resets), A log2(e) and D, in the layout of the kernels."""
-    tokens = jnp.concatenate(
-        [v.astype(jnp.float32) for v in (B, C, *([resets[..., None]] if sizes.resets else []))], -1
-    )
+    resets = jnp.zeros((*B.shape[:2], 1)) if resets is None else resets[..., None].astype(jnp.float32)
+    B, C = bounded(B), bounded(C)
+    if sizes.pairs:
+        halves = jax.lax.bitcast_convert_type(jnp.stack([B, C], -1), jnp.int32)  # B is the lower half
+        tokens = jnp.concatenate([halves, jax.lax.bitcast_convert_type(resets, jnp.int32)], -1)
+    else:
+        tokens = jnp.concatenate([B.astype(jnp.float32), C.astype(jnp.float32), resets], -1)
     tokens = jnp.pad(tokens, ((0, 0), (0, -sizes.T % sizes.chunk), (0, 0)))
-    D = jnp.pad(D.astype(jnp.float32), (0, sizes.shape("D", 1).shape[1] - sizes.D))
-    return tokens, blocks(A.astype(jnp.float32) * math.log2(math.e)), D[None]
+    D = jnp.pad(D.astype(jnp.float32), (0, sizes.K * CHANNELS - sizes.D))
+    return tokens, blocks(jnp.minimum(A.astype(jnp.float32), -LEAST) * math.log2(math.e)), jnp.tile(D, (SUBLANES, 1))

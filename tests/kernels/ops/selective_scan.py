@@ -35,6 +35,6 @@ OP = Op(
     draw_state=lambda rng, B: rng.normal(size=(B, D, N)),
     by_token=frozenset({"x", "dt", "B", "C"}),
     output_shape=(D,),
-    loud=frozenset({"x"}),
+    loud=frozenset({"x", "B", "C"}),
     fast=("xla", "tpu", "gpu"),
 )
