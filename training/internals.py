@@ -160,11 +160,10 @@ def over_layers(
         its: the teacher, and the same.
         segment_ids: [B, T].
     """
-    models, streams = zip(mine, its, strict=True)
+    (student, stream), (teacher, wanted) = mine, its
     places = collections.defaultdict(list)
-    for pair in pairs:
-        layers = tuple(layer - 1 for layer in pair)
-        places[tuple(model.place(layer) for model, layer in zip(models, layers, strict=True))].append(layers)
+    for i, j in pairs:
+        places[student.place(i - 1), teacher.place(j - 1)].append((i - 1, j - 1))
 
     @jax.checkpoint
     def body(total: jax.Array, inside: tuple[Inside, Inside]) -> tuple[jax.Array, None]:
@@ -172,8 +171,8 @@ def over_layers(
 
     total = jnp.zeros(segment_ids.shape)
     for found in places.values():
-        each = zip(models, streams, map(list, zip(*found, strict=True)), strict=True)
-        inside = tuple((model.blocks(layers), stream[np.asarray(layers)]) for model, stream, layers in each)
+        i, j = np.array(found).T
+        inside = (student.blocks(i), stream[i]), (teacher.blocks(j), wanted[j])
         total, _ = jax.lax.scan(body, total, inside)
     return total
 
