@@ -112,7 +112,7 @@ class LanguageModel(nnx.Module):
             return self.prefix[index]
         return _one(self.periods.blocks[self.place(index) - len(self.prefix)], self._stored(index))
 
-    def blocks(self, indices: Sequence[int] | np.ndarray) -> Block:
+    def blocks(self, indices: Sequence[int]) -> Block:
         """The blocks with these numbers, of one place, as one to scan: every parameter [len(indices), ...]."""
         place, count = self.place(indices[0]), len(indices)
         if place < len(self.prefix):

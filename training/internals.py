@@ -171,8 +171,8 @@ def over_layers(
 
     total = jnp.zeros(segment_ids.shape)
     for found in places.values():
-        i, j = np.array(found).T
-        inside = (student.blocks(i), stream[i]), (teacher.blocks(j), wanted[j])
+        i, j = (list(layers) for layers in zip(*found, strict=True))
+        inside = (student.blocks(i), stream[np.array(i)]), (teacher.blocks(j), wanted[np.array(j)])
         total, _ = jax.lax.scan(body, total, inside)
     return total
 
