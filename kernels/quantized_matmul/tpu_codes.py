@@ -85,7 +85,7 @@ def matmul_codes(x_MxK, a, *, kind, group, block, count, dtype):
 def split(x_MxK, count):
     """X as int8 planes [count · M, K], one after the other, and each row's scale of the first, float32 [M, 1]."""
     x_MxK = x_MxK.astype(jnp.float32)
-    scale_Mx1 = nonzero(jnp.abs(x_MxK).max(-1, keepdims=True) / 127)
+    scale_Mx1 = nonzero(jnp.abs(x_MxK).max(-1, keepdims=True) * (1 / 127))
     rest, planes = x_MxK / scale_Mx1, []
     for _ in range(count):
         whole = jnp.clip(jnp.round(rest), -127, 127)

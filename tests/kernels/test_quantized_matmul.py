@@ -117,7 +117,7 @@ DYNAMIC_MAP = dynamic_map()
 def expected(x, w, g):
     """y and dx in float64; a dynamic format rounds x by row, without the outliers' columns.
 
-    Codes are those of a division in float32: halfway between two, float64 may choose the other one.
+    Scales and codes are those of float32: halfway between two codes, float64 may choose the other one.
     """
     x, g, W = np.asarray(x, np.float64), np.asarray(g, np.float64), dense(w)
     body, outer = w, np.zeros(len(W), bool)
@@ -127,7 +127,7 @@ def expected(x, w, g):
     if getattr(body, "dynamic", False):
         most = 127 if isinstance(body, ops.Int8) else 448
         inner = inner.astype(np.float32)
-        scale = np.abs(inner).max(1, keepdims=True) / np.float32(most)
+        scale = np.abs(inner).max(1, keepdims=True) * np.float32(1 / most)
         codes = inner / scale
         inner = scale.astype(np.float64) * (np.round(codes) if most == 127 else codes.astype(jnp.float8_e4m3fn))
     return inner @ W + np.where(outer, x, 0) @ W, g @ W.T
