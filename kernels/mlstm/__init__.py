@@ -76,16 +76,13 @@ def mlstm(
         raise ValueError(f"mlstm: unknown gate {gate!r}; choices: {', '.join(get_args(Gate))}")
     tokens = {"q": (q, "B T H K"), "k": (k, "B T H K"), "v": (v, "B T H V"), "i": (i, "B T H"), "f": (f, "B T H")}
     names = {"C": "B H K V", "n": "B H K", "m": "B H"} if gate == "exponential" else {"C": "B H K V"}
-    if initial_state is None:
-        (B, _, H, K), V = q.shape, v.shape[-1]
-        sizes = {"B": B, "H": H, "K": K, "V": V}
-        initial_state = tuple(jnp.zeros([sizes[dim] for dim in dims.split()]) for dims in names.values())
-    if len(initial_state) != len(names):
-        raise ValueError(f"mlstm: initial_state has {len(initial_state)} arrays, expected ({', '.join(names)})")
-    state = {f"initial {name}": (array, names[name]) for name, array in zip(names, initial_state, strict=True)}
+    parts = (None,) * len(names) if initial_state is None else initial_state
+    if len(parts) != len(names):
+        raise ValueError(f"mlstm: initial_state has {len(parts)} arrays, expected ({', '.join(names)})")
+    state = {f"initial {name}": (array, names[name]) for name, array in zip(names, parts, strict=True)}
     check("mlstm", **tokens, **state, segment_ids=(segment_ids, "B T"))
     run = resolve("mlstm", implementation, IMPLEMENTATIONS)
     dtype = jnp.promote_types(v.dtype, jnp.float32)
-    q, k, v, i, f, *arrays = align(q, k, v, i, f, *(array.astype(dtype) for array in initial_state))
+    q, k, v, i, f, *parts = align(q, k, v, i, f, *(array.astype(dtype) for array in initial_state or ()))
     resets = None if segment_ids is None else starts(segment_ids)
-    return run(q, k, v, i, f, tuple(arrays), resets, gate, epsilon)
+    return run(q, k, v, i, f, tuple(parts) or None, resets, gate, epsilon)

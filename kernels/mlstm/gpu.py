@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from phyla.kernels.gpu_attention import attend, backward, fit, forward
+from phyla.kernels.mlstm.reference import empty
 from phyla.kernels.mlstm.xla import mlstm_xla, stabilise, stabiliser
 
 
@@ -20,6 +21,7 @@ def mlstm_gpu(q, k, v, i, f, state, resets, gate, epsilon):
     Raises:
         Unfit: keys of more than 128 numbers, or a chip other than Hopper.
     """
+    state = state or empty(q, v, gate)
     if state[0].dtype != jnp.float32:
         raise ValueError("mlstm: 'gpu' computes in float32, but v is float64; cast it or use 'reference'")
     fit("mlstm", q.shape[3])

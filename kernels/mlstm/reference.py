@@ -7,7 +7,11 @@ import jax.numpy as jnp
 
 
 def mlstm_reference(q, k, v, i, f, state, resets, gate, epsilon):
-    """Scan over time in the dtype of the state (float32 or float64). `resets` is bool [B, T] or None."""
+    """Scan over time in the dtype of the state (float32 or float64). `resets` is bool [B, T] or None.
+
+    A state of None is `empty`.
+    """
+    state = state or empty(q, v, gate)
     dtype = state[0].dtype
 
     def body(state, inputs):
@@ -19,6 +23,14 @@ def mlstm_reference(q, k, v, i, f, state, resets, gate, epsilon):
     by_time = [jnp.moveaxis(x, 1, 0).astype(dtype) for x in (q, k, v, i, f)]
     state, h_TxBxHxV = jax.lax.scan(body, state, (*by_time, None if resets is None else resets.T))
     return jnp.moveaxis(h_TxBxHxV, 0, 1).astype(v.dtype), state
+
+
+def empty(q, v, gate):
+    """The state before anything: zeros, (C [B, H, K, V], n [B, H, K], m [B, H]), of which the sigmoid gate has C."""
+    (B, _, H, K), V = q.shape, v.shape[-1]
+    dtype = jnp.promote_types(v.dtype, jnp.float32)
+    parts = tuple(jnp.zeros(shape, dtype) for shape in ((B, H, K, V), (B, H, K), (B, H)))
+    return parts if gate == "exponential" else parts[:1]
 
 
 def step(state, q_BxHxK, k_BxHxK, v_BxHxV, i_BxH, f_BxH, gate, epsilon):

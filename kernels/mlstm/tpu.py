@@ -22,6 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from phyla.kernels import tpu
 from phyla.kernels.mlstm import tpu_chunk as chunks
+from phyla.kernels.mlstm.reference import empty
 from phyla.kernels.mlstm.tpu_backward import run_backward
 from phyla.kernels.mlstm.xla import mlstm_xla
 from phyla.kernels.partition import per_device
@@ -42,6 +43,7 @@ def mlstm_tpu(q, k, v, i, f, state, resets, gate, epsilon, *, chunk: int | None 
     Raises:
         Unfit: the memory of a head is too large for VMEM.
     """
+    state = state or empty(q, v, gate)
     if state[0].dtype != jnp.float32:
         raise ValueError("mlstm: 'tpu' computes in float32, but v is float64; cast it or use 'reference'")
     (_, T, _, K), V = q.shape, v.shape[-1]

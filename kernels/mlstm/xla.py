@@ -15,13 +15,15 @@ import math
 import jax
 import jax.numpy as jnp
 
-from phyla.kernels.mlstm.reference import step
+from phyla.kernels.mlstm.reference import empty, step
 
 CHUNK = 64
 
 
 def mlstm_xla(q, k, v, i, f, state, resets, gate, epsilon):
-    """Run in float32. `resets` is bool [B, T] or None."""
+    """Run in float32. `resets` is bool [B, T] or None. Of no state, and in one chunk, nothing is read."""
+    reads = state is not None or q.shape[1] > CHUNK
+    state = state or empty(q, v, gate)
     if state[0].dtype != jnp.float32:
         raise ValueError("mlstm: 'xla' computes in float32, but v is float64; cast it or use 'reference'")
     i_BxTxH, f_BxTxH = i.astype(jnp.float32), f.astype(jnp.float32)
@@ -31,13 +33,13 @@ def mlstm_xla(q, k, v, i, f, state, resets, gate, epsilon):
         return h_BxHxV[:, None].astype(v.dtype), state
     log_f_BxTxH = jax.nn.log_sigmoid(f_BxTxH)
     if gate == "sigmoid":
-        h, C_BxHxKxV = _attend(epsilon, q, k, v, jax.nn.log_sigmoid(i_BxTxH), log_f_BxTxH, None, *state, resets)
-        return h, (C_BxHxKxV,)
+        memory = state if reads else None
+        return _attend(epsilon, q, k, v, jax.nn.log_sigmoid(i_BxTxH), log_f_BxTxH, None, memory, resets)
     C_BxHxKxV, n_BxHxK, m_BxH = state
-    memory = jnp.concatenate([C_BxHxKxV, n_BxHxK[..., None]], -1)
     m_BxTxH = stabiliser(log_f_BxTxH, i_BxTxH, m_BxH, resets)
-    h, memory = _attend(epsilon, q, k, v, i_BxTxH, log_f_BxTxH, (m_BxH, m_BxTxH), memory, resets)
-    return h, (memory[..., :-1], memory[..., -1], m_BxTxH[:, -1])
+    memory = (C_BxHxKxV, n_BxHxK[..., None]) if reads else None
+    h, (C, n) = _attend(epsilon, q, k, v, i_BxTxH, log_f_BxTxH, (m_BxH, m_BxTxH), memory, resets)
+    return h, (C, n[..., 0], m_BxTxH[:, -1])
 
 
 def stabiliser(log_f_BxTxH, i_BxTxH, m_BxH, resets):
@@ -52,11 +54,12 @@ def stabiliser(log_f_BxTxH, i_BxTxH, m_BxH, resets):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(epsilon, q, k, v, log_i, log_f, m, memory, resets) -> tuple[jax.Array, jax.Array]:
+def _attend(epsilon, q, k, v, log_i, log_f, m, memory, resets) -> tuple[jax.Array, tuple]:
     """h [B, T, H, V], and the memory after the last token.
 
     log_i and log_f are [B, T, H]; m is those before the first and after every token ([B, H], [B, T, H]), or None for
-    no normaliser, and log_i <= 0; the memory [B, H, K, V] has the normaliser as a last column.
+    no normaliser, and log_i <= 0; the memory is (C [B, H, K, V],) or with a normaliser (C, n [B, H, K, 1]), since n as
+    a column of C would make rows that vector registers do not divide; None, of at most a chunk, is nothing.
     """
     return _forward(epsilon, q, k, v, log_i, log_f, m, memory, resets)[0]
 
@@ -67,31 +70,52 @@ def _forward(epsilon, q, k, v, log_i, log_f, m, memory, resets):
     tokens = q, k, v, log_weight, log_decay, m and m[1], resets
     padded = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, -x.shape[1] % L), *((0, 0),) * (x.ndim - 2))), tokens)
 
-    def chunk(C, n):
+    def chunk(before, n):
         q, k, v, log_weight, log_decay, m, resets = jax.tree.map(
             lambda x: jax.lax.dynamic_slice_in_dim(x, n * L, L, 1), padded
         )
-        q_, k_, v_ = _inputs(q, k, v, log_weight, m)
+        q_, k_, v_ = _inputs(q, k, v, log_weight)
         between, from_start, to_end = _decays(log_decay, resets)
-        read, _ = _read(q_, k_, v_, C, between, from_start)
-        h = read if m is None else _normalise(read, m, epsilon)[0]
-        return _times(from_start[..., -1:, :], C) + _T(to_end * k_) @ v_, (_join(h, v).astype(v.dtype), C[0])
+        weights = (q_ @ _T(k_)) * between
 
-    memory, (h, starts) = jax.lax.scan(chunk, memory[None], jnp.arange(padded[0].shape[1] // L))
+        # to_end goes with v_: this product and that of the weights then read the same transposed k_.
+        read, after = [weights @ v_], [_T(k_) @ (to_end * v_)]
+        if m is not None:
+            read.append(jnp.sum(weights, -1, keepdims=True))
+            after.append(_T(k_) @ to_end)
+        if before is not None:
+            read = [x + _times(from_start, q_ @ memory) for x, memory in zip(read, before, strict=True)]
+            decay = from_start[..., -1:, :]
+            after = [_times(decay, memory) + x for x, memory in zip(after, before, strict=True)]
+        h = read[0] if m is None else read[0] / _norm(read[1], m, epsilon)[0]
+        return after, (_join(h, v).astype(v.dtype), before and [x[0] for x in before])
+
+    if memory is None:
+        after, (h, starts) = chunk(None, 0)
+        h = h[None]
+    else:
+        after, (h, starts) = jax.lax.scan(chunk, [x[None] for x in memory], jnp.arange(padded[0].shape[1] // L))
+    memory = tuple(x[0] for x in after)
     h = jnp.moveaxis(h, 0, 1).reshape(*padded[2].shape)[:, : v.shape[1]]
-    return (h, memory[0]), (q, k, v, log_i, log_f, m, resets, starts, memory[0])
+    return (h, memory), (q, k, v, log_i, log_f, m, resets, starts, memory)
 
 
 def _backward(epsilon, saved, cotangents):
     q, k, v, log_i, log_f, m, resets, starts, memory = saved
     log_weight, log_decay = stabilise(log_i, log_f, m)
-    q_, k_, v_ = _inputs(q, k, v, log_weight, m)
-    between, from_start, to_end = _decays(log_decay, resets)
-    read, product = _read(q_, k_, v_, starts, between, from_start)
-    d_read, d_memory, dm = _chunks(cotangents[0]), cotangents[1], None
+    q_, k_, v_ = _inputs(q, k, v, log_weight)
     if m is not None:
-        h, norm, d_norm = _normalise(read, m[1], epsilon)
-        along = jnp.sum(d_read * h, -1, keepdims=True)
+        v_ = jnp.concatenate([v_, jnp.ones_like(v_[..., :1])], -1)
+    between, from_start, to_end = _decays(log_decay, resets)
+    reads = starts is not None
+    memory, d_memory = (jnp.concatenate(x, -1) for x in (memory, cotangents[1]))
+    starts = jnp.concatenate(starts, -1) if reads else jnp.zeros_like(memory)[None]
+    product = q_ @ _T(k_)
+    read = (product * between) @ v_ + _times(from_start, q_ @ starts)
+    d_read, dm = _chunks(cotangents[0]), None
+    if m is not None:
+        norm, d_norm = _norm(read[..., -1:], m[1], epsilon)
+        along = jnp.sum(d_read * (read[..., :-1] / norm), -1, keepdims=True)
         d_read = jnp.concatenate([d_read, -along * d_norm], -1) / norm
         # exp(-m) is a factor of all that is read and of norm - epsilon: h depends on m by the share of epsilon.
         dm = _join(-epsilon * along / norm, v)[..., 0]
@@ -124,6 +148,8 @@ def _backward(epsilon, saved, cotangents):
     d_weight = _join(jnp.sum(k_ * dk_, -1, keepdims=True), v)[..., 0]
     d_decay = _join(d_decay[..., None], v)[..., 0]
     d_gates = (d_weight, d_decay, None if m is None else (d_decay[:, 0], dm))
+    d_memory = (d_memory,) if m is None else (d_memory[..., :-1], d_memory[..., -1:])
+    d_memory = d_memory if reads else None
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), *d_gates, d_memory, None
 
 
@@ -138,12 +164,11 @@ def stabilise(log_i, log_f, m):
     return log_i - m[1], log_f + (before - m[1])  # the difference first: it is exact where m hardly moves
 
 
-def _inputs(q, k, v, log_weight, m):
-    """In chunks: q scaled, k weighted, v with a column of ones if there is a normaliser."""
+def _inputs(q, k, v, log_weight):
+    """In chunks and float32: q scaled, k weighted, v."""
     q_ = _chunks(q.astype(jnp.float32) / math.sqrt(q.shape[-1]))
     k_ = _chunks(k.astype(jnp.float32) * jnp.exp(log_weight)[..., None])
-    v = v.astype(jnp.float32)
-    return q_, k_, _chunks(v if m is None else jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1))
+    return q_, k_, _chunks(v.astype(jnp.float32))
 
 
 def _decays(log_decay, resets):
@@ -170,17 +195,10 @@ def _decays(log_decay, resets):
     return between, from_start, _T(between[..., -1:, :])
 
 
-def _read(q_, k_, v_, starts, between, from_start):
-    """What each query reads of its chunk and of the memory at its start, and the products of queries and keys."""
-    product = q_ @ _T(k_)
-    return (product * between) @ v_ + _times(from_start, q_ @ starts), product
-
-
-def _normalise(read, m, epsilon):
-    """h, what it was divided by, and the derivative of that by the last column."""
-    n, least = read[..., -1:], jnp.exp(-_chunks(m[..., None]))
-    norm = jnp.maximum(jnp.abs(n), least) + epsilon
-    return read[..., :-1] / norm, norm, jnp.where(jnp.abs(n) >= least, jnp.sign(n), 0)
+def _norm(n, m, epsilon):
+    """What is divided by where the normaliser reads n [..., L, 1], and its derivative by n."""
+    least = jnp.exp(-_chunks(m[..., None]))
+    return jnp.maximum(jnp.abs(n), least) + epsilon, jnp.where(jnp.abs(n) >= least, jnp.sign(n), 0)
 
 
 def _times(decay, x):
