@@ -58,16 +58,19 @@ def _forward(gates, R, bias, initial_state, resets):
         h_HxBxP = jax.nn.sigmoid(o) * cell[0] / cell[1]
         return (cell, h_HxBxP), h_HxBxP
 
-    def chunk(carry, k):
-        def step_where_it_lies(carry, l):  # a slice of the whole would be a copy
-            return step(carry, jax.tree.map(lambda x: x[k, l], inputs))
+    inputs = _gate_chunks(gates, bias), _chunks(_by_time(resets))
+    count, length = inputs[0][0].shape[:2]
 
-        after, h_LxHxBxP = jax.lax.scan(step_where_it_lies, carry, jnp.arange(inputs[0][0].shape[1]))
+    def chunk(carry, k):
+        def token(carry, t):  # read where it lies: chunks as inputs of the scan would be copied
+            return step(carry, jax.tree.map(lambda x: x[k, t], inputs))
+
+        after, h_LxHxBxP = jax.lax.scan(token, carry, jnp.arange(length))
         return after, (h_LxHxBxP, carry[0])
 
     c, n, h, m = _heads_first(initial_state)
-    inputs = _gate_chunks(gates, bias), _chunks(_by_time(resets))
-    ((c, n, m), _), (h_KxLxHxBxP, cells) = jax.lax.scan(chunk, ((c, n, stabiliser(n, m)), h), jnp.arange(len(inputs[0][0])))
+    start = (c, n, stabiliser(n, m)), h
+    ((c, n, m), _), (h_KxLxHxBxP, cells) = jax.lax.scan(chunk, start, jnp.arange(count))
     h_TxHxBxP = _tokens(h_KxLxHxBxP, gates[0])
     final_state = tuple(_heads_first((c, n, h_TxHxBxP[-1], m)))
     return (_batch_first(h_TxHxBxP, gates[0]), final_state), (
@@ -115,8 +118,9 @@ def _backward(saved, cotangents):
         di = write * (dc * tanh_z + dn) + jnp.where(began, dm, 0)
         dm = jnp.where(began, 0, dm)
         df = (keep * (dc * c_before + dn * n_before) + dm) * jax.nn.sigmoid(-f)
-        dh = _where_reset(reset_Bx1, 0, jnp.concatenate([di, df, dz, do], axis=-1) @ R_HxFxP)
-        return (dc * keep, dn * keep, dm, dh), (di, df, dz, do)
+        d_gates_HxBxF = jnp.concatenate([di, df, dz, do], axis=-1)
+        dh = _where_reset(reset_Bx1, 0, d_gates_HxBxF @ R_HxFxP)
+        return (dc * keep, dn * keep, dm, dh), d_gates_HxBxF
 
     def chunk(carry, inputs):
         gates, before_LxHxBxP, dy_LxHxBxP, resets_LxBx1, cell = inputs
@@ -129,7 +133,7 @@ def _backward(saved, cotangents):
     inputs = _gate_chunks(gates, bias), *map(_chunks, (before_TxHxBxP, dy_TxHxBxP, resets_TxBx1)), cells
     (dc, dn, dm, dh), d_gates = jax.lax.scan(chunk, (dc, dn, dm, jnp.zeros_like(dh)), inputs, reverse=True)
     dm += dc * c + dn * n
-    d_gates = [_tokens(d, dy) for d in d_gates]
+    d_gates = jnp.split(_tokens(d_gates, dy), 4, axis=-1)
     dR = jnp.stack([jnp.einsum("thbp,thbq->hpq", before_TxHxBxP, d) for d in d_gates])
     d_bias = jnp.stack([d.sum((0, 2)) for d in d_gates])
     return (

@@ -51,11 +51,17 @@ def _forward(k, v, w, u, state, resets):
         kept, added = _weigh(decayed, k_BxD)
         return (kept * aa + added * v_BxD, kept * bb + added, jnp.maximum(decayed, k_BxD)), y_BxD
 
-    def chunk(state, inputs):
-        after, y_LxBxD = jax.lax.scan(step, state, inputs)
+    inputs = _inputs(k, v, resets)
+    count, length = inputs[0].shape[:2]
+
+    def chunk(state, n):
+        def token(state, t):  # read where it lies: chunks as inputs of the scan would be copied
+            return step(state, [x[n, t] for x in inputs])
+
+        after, y_LxBxD = jax.lax.scan(token, state, jnp.arange(length))
         return after, (y_LxBxD, state)
 
-    final_state, (y, starts_KxBxD) = jax.lax.scan(chunk, state, _inputs(k, v, resets))
+    final_state, (y, starts_KxBxD) = jax.lax.scan(chunk, state, jnp.arange(count))
     return (_join(y, k), final_state), (k, v, w, u, resets, starts_KxBxD, final_state)
 
 
