@@ -59,7 +59,7 @@ def _forward(gates, R, bias, initial_state, resets):
         return (cell, h_HxBxP), h_HxBxP
 
     inputs = _gate_chunks(gates, bias), _chunks(_by_time(resets))
-    count, length = inputs[0][0].shape[:2]
+    count, length = _lengths(gates[0].shape[1])
 
     def chunk(carry, k):
         def token(carry, t):  # read where it lies: chunks as inputs of the scan would be copied
@@ -118,9 +118,8 @@ def _backward(saved, cotangents):
         di = write * (dc * tanh_z + dn) + jnp.where(began, dm, 0)
         dm = jnp.where(began, 0, dm)
         df = (keep * (dc * c_before + dn * n_before) + dm) * jax.nn.sigmoid(-f)
-        d_gates_HxBxF = jnp.concatenate([di, df, dz, do], axis=-1)
-        dh = _where_reset(reset_Bx1, 0, d_gates_HxBxF @ R_HxFxP)
-        return (dc * keep, dn * keep, dm, dh), d_gates_HxBxF
+        dh = _where_reset(reset_Bx1, 0, jnp.concatenate([di, df, dz, do], axis=-1) @ R_HxFxP)
+        return (dc * keep, dn * keep, dm, dh), (di, df, dz, do)
 
     def chunk(carry, inputs):
         gates, before_LxHxBxP, dy_LxHxBxP, resets_LxBx1, cell = inputs
@@ -133,7 +132,7 @@ def _backward(saved, cotangents):
     inputs = _gate_chunks(gates, bias), *map(_chunks, (before_TxHxBxP, dy_TxHxBxP, resets_TxBx1)), cells
     (dc, dn, dm, dh), d_gates = jax.lax.scan(chunk, (dc, dn, dm, jnp.zeros_like(dh)), inputs, reverse=True)
     dm += dc * c + dn * n
-    d_gates = jnp.split(_tokens(d_gates, dy), 4, axis=-1)
+    d_gates = [_tokens(d, dy) for d in d_gates]
     dR = jnp.stack([jnp.einsum("thbp,thbq->hpq", before_TxHxBxP, d) for d in d_gates])
     d_bias = jnp.stack([d.sum((0, 2)) for d in d_gates])
     return (
@@ -217,12 +216,17 @@ def _gate_chunks(gates, bias):
     ]
 
 
+def _lengths(T):
+    """How many chunks, and of how many tokens."""
+    count = math.ceil(T / CHUNK)
+    return count, math.ceil(T / count)
+
+
 def _chunks(v, padding=0.0):
     """[T, ...] to [K, L, ...]."""
     if v is None:
         return None
-    count = math.ceil(len(v) / CHUNK)
-    length = math.ceil(len(v) / count)
+    count, length = _lengths(len(v))
     v = jnp.pad(v, ((0, count * length - len(v)), *((0, 0),) * (v.ndim - 1)), constant_values=padding)
     return v.reshape(count, length, *v.shape[1:])
 
