@@ -20,7 +20,7 @@ from phyla.kernels.dispatch import Unfit
 from phyla.kernels.gpu import kernel, load, pad, store
 from phyla.kernels.gpu_attention import SQUARE, fit_chip, operand, parts, product, put, rows, turn
 from phyla.kernels.partition import per_device
-from phyla.kernels.slstm.xla import advance, slstm_xla, stabiliser
+from phyla.kernels.slstm.xla import advance, log_sigmoid, slstm_xla, stabiliser
 
 CHUNK = 4
 """Tokens between saved cells; their cells are in SMEM at a time."""
@@ -115,7 +115,7 @@ def _run_forward(i, f, z, o, R, bias, c, n, h, m, resets):
                     load(tokens_ref.at[b, head, t, g], SQUARE) + load(recurrent_s.at[_gate(g, width)], SQUARE)
                     for g in range(4)
                 )
-                cell, _ = advance(cell, i, _log_sigmoid(f), jnp.tanh(z))
+                cell, _ = advance(cell, i, log_sigmoid(f), jnp.tanh(z))
                 h = _sigmoid(o) * cell[0] / cell[1]
                 store(y_ref.at[b, head, t], h)
                 plgpu.commit_smem()
@@ -163,7 +163,7 @@ def _run_backward(i, f, z, o, dy, R, cells, dc, dn, dm, resets):
             def recompute(j, cell):
                 i, f, z = token(k * CHUNK + j, 0, 1, 2)
                 cell, _ = _begin(cell, None, resets_refs, b, k * CHUNK + j, width)
-                before, (cell, kept) = cell[:2], advance(cell, i, _log_sigmoid(f), jnp.tanh(z))
+                before, (cell, kept) = cell[:2], advance(cell, i, log_sigmoid(f), jnp.tanh(z))
                 for s, v in enumerate((*before, *kept)):
                     store(cells_s.at[j, s], v)
                 return cell
@@ -253,10 +253,6 @@ def _begin(cell, h, resets_refs, b, t, width):
     c, n, m = cell
     begins = rows(load(resets_refs[0].at[b, t], BY_ROW), width) > 0
     return (c, n, jnp.where(begins, -jnp.inf, m)), None if h is None else jnp.where(begins, 0.0, h)
-
-
-def _log_sigmoid(x):
-    return jnp.minimum(x, 0.0) - jnp.log(1.0 + jnp.exp(-jnp.abs(x)))
 
 
 def _sigmoid(x):
