@@ -1,10 +1,10 @@
 """mLSTM for XLA: chunks of time in matrix products, and a backward pass that recomputes them.
 
 Both gates come down to one causal linear attention in which the decay and the weight of what is written are one number
-a head and token, exponentials of something <= 0; the normaliser is one more column of v, all ones. Inside a chunk it
-is two matrix products with a matrix of decays between them. Forwards, one chunk after another is read where it lies and
-stays in the cache: on a CPU the products take little more than moving what is between them. Kept for the backward pass,
-which does all chunks at once, are the inputs and the memories at the starts of the chunks.
+a head and token, exponentials of something <= 0. Inside a chunk it is two matrix products with a matrix of decays
+between them. Forwards, one chunk after another is read where it lies and stays in the cache: on a CPU the products take
+little more than moving what is between them. Kept for the backward pass, which does all chunks at once, are the inputs
+and the memories at the starts of the chunks. There the normaliser is one more column of v, all ones.
 
 Inside, arrays are (chunk, B, H, time, size): the chunk first, for the scan.
 """
