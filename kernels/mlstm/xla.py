@@ -21,7 +21,7 @@ CHUNK = 64
 
 
 def mlstm_xla(q, k, v, i, f, state, resets, gate, epsilon):
-    """Run in float32. `resets` is bool [B, T] or None. Of no state, and in one chunk, nothing is read."""
+    """Run in float32. `resets` is bool [B, T] or None. Where `state` is None, a single chunk reads no memory."""
     reads = state is not None or q.shape[1] > CHUNK
     state = state or empty(q, v, gate)
     if state[0].dtype != jnp.float32:
@@ -148,9 +148,8 @@ def _backward(epsilon, saved, cotangents):
     d_weight = _join(jnp.sum(k_ * dk_, -1, keepdims=True), v)[..., 0]
     d_decay = _join(d_decay[..., None], v)[..., 0]
     d_gates = (d_weight, d_decay, None if m is None else (d_decay[:, 0], dm))
-    d_memory = (d_memory,) if m is None else (d_memory[..., :-1], d_memory[..., -1:])
-    d_memory = d_memory if reads else None
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), *d_gates, d_memory, None
+    d_parts = (d_memory,) if m is None else (d_memory[..., :-1], d_memory[..., -1:])
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), *d_gates, d_parts if reads else None, None
 
 
 _attend.defvjp(_forward, _backward)

@@ -31,7 +31,7 @@ def arguments(B, T, seed=0):
 
 
 def test_log_sigmoid_is_exact_where_little_is_forgotten():
-    """log(1 + e) is 0 for e < 6e-8; what is forgotten at each of 8,192 tokens then adds up to nothing."""
+    """log(1 + e) would round e to multiples of 1e-7 of 1, at each of thousands of tokens."""
     x = np.linspace(-30, 30, 6001, dtype=np.float32)
     np.testing.assert_allclose(log_sigmoid(x), -np.logaddexp(0, -x.astype(np.float64)), rtol=4e-7)
 
